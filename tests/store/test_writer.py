@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore, WrapperStore
+
+from hild_xr.plan import RunPlan
+from hild_xr.store import RecordsExistError, RunWriter, StoreWriteError, open_run
+from hild_xr.testing import random_record, spectrum_plan
+
+
+def _write(writer: RunWriter, plan: RunPlan, seed: int, steps: tuple[int, ...], attempt: int = 1) -> None:
+    for step in steps:
+        for probe in plan.probes:
+            writer.write(probe, step, random_record(plan, probe, seed=seed, step=step, attempt=attempt))
+
+
+def _assert_holds(store: Store | Path, plan: RunPlan, seed: int, attempts: dict[int, int]) -> None:
+    """Every step holds the record of its attempt (0: none) in every array of every probe."""
+    run, row = open_run(store), plan.seeds.index(seed)
+    for probe, contents in plan.probes.items():
+        places = {int(step): i for i, step in enumerate(run[probe]["step"].values)}
+        assert places.keys() >= {step for step, attempt in attempts.items() if attempt}
+        for node, name, array in contents.arrays():
+            stored = run["/".join(part for part in (probe, node, name) if part)].isel(seed=row).values
+            for step in places.keys() & attempts.keys():
+                record = random_record(plan, probe, seed=seed, step=step, attempt=attempts[step])
+                expected = record[node][name] if attempts[step] else array.missing()
+                np.testing.assert_array_equal(stored[places[step]], expected)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.integers(0, 2000), min_size=1, max_size=90, unique=True).map(sorted),
+    st.sampled_from([4, 4000, 400_000]),
+)
+def test_write_then_read__is_identity(steps: list[int], columns: int) -> None:
+    # 4, 4000 and 400,000 columns make blocks of 64, 16 and 1 steps
+    kept = tuple(steps) if columns < 400_000 else tuple(steps[:3])
+    plan, store = spectrum_plan(steps=kept, seeds=(5,), rows=1, columns=columns), MemoryStore()
+    with RunWriter(store, plan, 5) as writer:
+        _write(writer, plan, 5, kept)
+    _assert_holds(store, plan, 5, dict.fromkeys(kept, 1))
+
+
+def test_write__commits_only_at_full_blocks_and_flushes(tmp_path: Path) -> None:
+    plan = spectrum_plan(steps=tuple(range(100)), seeds=(0,))
+    with RunWriter(tmp_path / "run.zarr", plan, 0) as writer:
+        _write(writer, plan, 0, tuple(range(63)))
+        assert open_run(tmp_path / "run.zarr")["metrics"].sizes["step"] == 0
+        _write(writer, plan, 0, (63,))
+        assert open_run(tmp_path / "run.zarr")["metrics"].sizes["step"] == 64
+        _write(writer, plan, 0, (64,))
+        writer.flush()
+        assert open_run(tmp_path / "run.zarr")["metrics"].sizes["step"] == 65
+    _assert_holds(tmp_path / "run.zarr", plan, 0, dict.fromkeys(range(65), 1))
+
+
+def test_write__flushes_an_overdue_probe(tmp_path: Path) -> None:
+    plan = spectrum_plan(seeds=(0,))
+    with RunWriter(tmp_path / "run.zarr", plan, 0, flush_seconds=0.0) as writer:
+        _write(writer, plan, 0, (0, 1))
+        assert open_run(tmp_path / "run.zarr")["metrics"].sizes["step"] == 1
+
+
+class _OrderStore(WrapperStore[MemoryStore]):
+    """Remembers the order in which keys are written."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.keys: list[str] = []
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.keys.append(key)
+        await self._store.set(key, value)
+
+
+def test_flush__writes_the_marker_last() -> None:
+    plan, store = spectrum_plan(seeds=(0,)), _OrderStore(MemoryStore())
+    writer = RunWriter(store, plan, 0)
+    store.keys.clear()
+    writer.write("hessian", 0, random_record(plan, "hessian", seed=0, step=0))
+    assert store.keys == []
+    writer.flush()
+    assert len(store.keys) == 5
+    assert store.keys[-1] == "hessian/committed/c/0/0"
+
+
+def test_seeds__do_not_touch_each_other(tmp_path: Path) -> None:
+    plan = spectrum_plan(seeds=(0, 1))
+    with (
+        RunWriter(tmp_path / "run.zarr", plan, 0) as first,
+        RunWriter(tmp_path / "run.zarr", plan, 1) as second,
+    ):
+        _write(first, plan, 0, (0, 1, 2))
+        _write(second, plan, 1, (0, 1, 2, 5))
+    _assert_holds(tmp_path / "run.zarr", plan, 0, {0: 1, 1: 1, 2: 1, 5: 0})
+    _assert_holds(tmp_path / "run.zarr", plan, 1, {0: 1, 1: 1, 2: 1, 5: 1})
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_resume__keeps_what_is_before_and_replaces_what_is_after(data: st.DataObject) -> None:
+    steps = tuple(range(0, 300, 3))
+    plan, store = spectrum_plan(steps=steps, seeds=(0,)), MemoryStore()
+    attempts = dict.fromkeys(steps, 0)
+    with RunWriter(store, plan, 0) as writer:
+        written = data.draw(st.integers(1, 100))
+        _write(writer, plan, 0, steps[:written])
+        attempts.update(dict.fromkeys(steps[:written], 1))
+    for attempt in (2, 3):
+        last = max(step for step, number in attempts.items() if number)
+        resume_at = data.draw(st.integers(0, last))
+        stop = data.draw(st.integers(resume_at, 300))
+        with RunWriter(store, plan, 0, resume_at=resume_at) as writer:
+            again = tuple(step for step in steps if resume_at < step <= stop)
+            _write(writer, plan, 0, again, attempt)
+        attempts.update({step: 0 for step in steps if step > resume_at})
+        attempts.update(dict.fromkeys(again, attempt))
+        _assert_holds(store, plan, 0, attempts)
+        if not again:
+            break
+
+
+def test_resume__makes_the_record_of_its_own_step_if_that_was_lost() -> None:
+    plan, store = spectrum_plan(seeds=(0,)), MemoryStore()
+    with RunWriter(store, plan, 0) as writer:
+        _write(writer, plan, 0, (0, 1))
+    with RunWriter(store, plan, 0, resume_at=5) as writer:
+        assert writer.holds("metrics", 2)
+        assert not writer.holds("metrics", 5)
+        _write(writer, plan, 0, (5, 10))
+    _assert_holds(store, plan, 0, {0: 1, 1: 1, 2: 0, 5: 1, 10: 1})
+
+
+def test_second_start__of_a_seed_with_records_is_refused(tmp_path: Path) -> None:
+    plan = spectrum_plan()
+    with RunWriter(tmp_path / "run.zarr", plan, 0) as writer:
+        _write(writer, plan, 0, (0, 1))
+    with pytest.raises(RecordsExistError, match=r"up to step 1 .* resume=True"):
+        RunWriter(tmp_path / "run.zarr", plan, 0)
+    _assert_holds(tmp_path / "run.zarr", plan, 0, {0: 1, 1: 1})
+    with RunWriter(tmp_path / "run.zarr", plan, 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record[""].pop("eigenvalues"), r"missing arrays \['eigenvalues'\]"),
+        (lambda record: record[""].update(extra=1.0), r"unplanned arrays \['extra'\]"),
+        (
+            lambda record: record["fc.weight"].update(eigenvectors=np.zeros((2, 4, 3))),
+            r"fc.weight/eigenvectors: expected shape \(2, 3, 4\), got \(2, 4, 3\)",
+        ),
+    ],
+)
+def test_write__refuses_a_record_that_is_not_as_planned_and_keeps_nothing_of_it(
+    change: object, message: str
+) -> None:
+    plan, store = spectrum_plan(seeds=(0,)), MemoryStore()
+    with RunWriter(store, plan, 0) as writer:
+        broken = {n: dict(a) for n, a in random_record(plan, "hessian", seed=0, step=0).items()}
+        change(broken)
+        with pytest.raises(ValueError, match=message):
+            writer.write("hessian", 0, broken)
+    assert open_run(store)["hessian"].sizes["step"] == 0
+
+
+def test_write__refuses_unplanned_and_earlier_steps() -> None:
+    plan = spectrum_plan(seeds=(0,))
+    with RunWriter(MemoryStore(), plan, 0) as writer:
+        _write(writer, plan, 0, (0, 5))
+        with pytest.raises(ValueError, match="no record planned at step 3"):
+            writer.write("metrics", 3, random_record(plan, "metrics", seed=0, step=3))
+        with pytest.raises(ValueError, match="step 1 comes after step 5"):
+            writer.write("metrics", 1, random_record(plan, "metrics", seed=0, step=1))
+
+
+def test_writer__refuses_a_seed_that_was_not_planned() -> None:
+    with pytest.raises(ValueError, match=r"seed 9 is not one of the planned seeds \(0, 1\)"):
+        RunWriter(MemoryStore(), spectrum_plan(), 9)
+
+
+def test_write__copies_values_that_change_later() -> None:
+    plan, store = spectrum_plan(seeds=(0,)), MemoryStore()
+    live = np.ones((3, 4), dtype=np.float32)
+    with RunWriter(store, plan, 0) as writer:
+        writer.write("weights", 0, {"fc.weight": {"weight": live}})
+        live[:] = 7
+    assert float(open_run(store)["weights/fc.weight/weight"].values.max()) == 1.0
+
+
+class _FullStore(WrapperStore[MemoryStore]):
+    """Fails when a key of an array named ``refused`` is written, like a full disk."""
+
+    refused: str = ""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        if self.refused and self.refused in key:
+            raise OSError(28, "No space left on device")
+        await self._store.set(key, value)
+
+
+@pytest.mark.parametrize("refused", ["eigenvalues/c", "eigenvectors/c", "committed/c"])
+def test_failing_store__loses_nothing_that_was_committed(refused: str) -> None:
+    plan, store = spectrum_plan(seeds=(0,)), _FullStore(MemoryStore())
+    writer = RunWriter(store, plan, 0)
+    _write(writer, plan, 0, (0, 1))
+    writer.flush()
+    _write(writer, plan, 0, (2,))
+    store.refused = refused
+    with pytest.raises(StoreWriteError, match=r"at steps 2 to 2 .*No space left.*up to step 1.*resume=True"):
+        writer.flush()
+    run = open_run(store)
+    # a probe that can be written is written, whatever happens to another
+    assert run["metrics"].sizes["step"] == (2 if refused == "committed/c" else 3)
+    np.testing.assert_array_equal(run["hessian/step"].values, [0, 1])
+    store.refused = ""
+    writer.close()  # the disk has room again: what was buffered is still there
+    _assert_holds(store, plan, 0, {0: 1, 1: 1, 2: 1})
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of two megabytes."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a small tmpfs needs root: {mounted.stderr}")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_full_disk__loses_nothing_that_was_committed(small_disk: Path) -> None:
+    plan = spectrum_plan(
+        steps=tuple(range(20)), seeds=(0,), rows=100, columns=600
+    )  # 240 kB a tensor, 4 a block
+    writer = RunWriter(small_disk / "run.zarr", plan, 0)
+    with pytest.raises(StoreWriteError, match="No space left on device"):
+        _write(writer, plan, 0, tuple(range(20)))
+    writer.abandon()
+    run = open_run(small_disk / "run.zarr")
+    committed = {probe: run[probe].sizes["step"] for probe in plan.probes}
+    assert max(committed.values()) > 0
+    for probe, count in committed.items():
+        for step in range(count):
+            for node, name, _ in plan.probes[probe].arrays():
+                path = "/".join(part for part in (probe, node, name) if part)
+                expected = random_record(plan, probe, seed=0, step=step)[node][name]
+                np.testing.assert_array_equal(run[path].isel(seed=0, step=step).values, expected)
+
+
+def test_part_filled_chunk__is_written_whole(tmp_path: Path) -> None:
+    plan = spectrum_plan(steps=tuple(range(100)), seeds=(0,))
+    with RunWriter(tmp_path / "run.zarr", plan, 0) as writer:
+        _write(writer, plan, 0, (0, 1, 2))
+    raw = zarr.open_group(tmp_path / "run.zarr", mode="r")["metrics/train_loss"]
+    assert isinstance(raw, zarr.Array)
+    assert np.isnan(np.asarray(raw[0, 3:])).all()
+    assert raw.nchunks_initialized == 1
