@@ -1,0 +1,42 @@
+"""Recorders turn a torch training run into labelled records.
+
+They write what they measure through :mod:`hild_xr.store` and never import
+:mod:`hild_xr.analysis`. The curvature kernels in
+:mod:`hild_xr.recorders.curvature` are plain torch and know no store.
+"""
+
+if __name__ != "hild_xr.recorders":
+    raise ImportError("import hild_xr.recorders, not recorders: this folder is a part of the hild_xr package")
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError('hild_xr.recorders needs torch: pip install "hild-xr[torch]"') from error
+
+from hild_xr.recorders import curvature, problems
+from hild_xr.recorders.curvature import NonFiniteCurvatureError
+from hild_xr.recorders.objective import Objective
+from hild_xr.recorders.probes import GMatrix, Hessian, Metrics, Probe, Snapshot, Weights
+from hild_xr.recorders.recorder import Estimate, NonFiniteRecordWarning, Recorder
+from hild_xr.recorders.schedule import Schedule, at, every, log_spaced, log_then_linear
+
+__all__ = [
+    "Estimate",
+    "GMatrix",
+    "Hessian",
+    "Metrics",
+    "NonFiniteCurvatureError",
+    "NonFiniteRecordWarning",
+    "Objective",
+    "Probe",
+    "Recorder",
+    "Schedule",
+    "Snapshot",
+    "Weights",
+    "at",
+    "curvature",
+    "every",
+    "log_spaced",
+    "log_then_linear",
+    "problems",
+]

@@ -1,0 +1,8 @@
+"""Probes: what is recorded. One quantity a module, one group of the store a probe."""
+
+from hild_xr.recorders.probes.base import Probe, Snapshot
+from hild_xr.recorders.probes.metrics import Metrics
+from hild_xr.recorders.probes.spectrum import GMatrix, Hessian
+from hild_xr.recorders.probes.weights import Weights
+
+__all__ = ["GMatrix", "Hessian", "Metrics", "Probe", "Snapshot", "Weights"]

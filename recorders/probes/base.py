@@ -1,0 +1,129 @@
+"""What a probe is: it plans a group of the store and fills it record by record."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pydantic import JsonValue
+from torch import nn
+
+from hild_xr.plan import NodePlan
+from hild_xr.recorders.curvature import Curvature
+from hild_xr.recorders.objective import Objective
+from hild_xr.recorders.schedule import Schedule
+
+NodeValues = Mapping[str, Mapping[str, ArrayLike]]
+"""Values of one record: ``{node: {array name: value}}``."""
+
+
+@dataclass
+class Snapshot:
+    """The training state that the probes of one record look at.
+
+    Used as a context manager by the recorder; the curvature graph that the
+    probes share is built on first use and freed at the end of the record.
+
+    Parameters
+    ----------
+    model
+        The model in training; probes leave it as it is.
+    optimizer
+        The optimizer, or None where the loop calls ``recorder.step()``.
+    objective
+        Fixed data and loss, or None if no probe needs it.
+    step
+        Number of optimizer steps taken.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    objective: Objective | None
+    step: int
+    _resources: ExitStack = field(default_factory=ExitStack, repr=False)
+    _curvature: Curvature | None = field(default=None, repr=False)
+
+    @property
+    def curvature(self) -> Curvature:
+        """Curvature of the objective here, one forward and backward for all probes of the record."""
+        if self._curvature is None:
+            if self.objective is None:
+                raise ValueError(
+                    "curvature needs an objective: Recorder(..., objective=Objective(loss, x, y))"
+                )
+            self._curvature = self._resources.enter_context(Curvature(self.model, self.objective))
+        return self._curvature
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+
+class Probe(ABC):
+    """One quantity recorded along training; it owns one group of the store.
+
+    Parameters
+    ----------
+    group
+        Name of the group; two probes of a recorder must differ in it.
+    schedule
+        Steps of this probe, or None for the recorder's schedule.
+    """
+
+    needs_objective: bool = False
+    """Whether the probe evaluates the recorder's objective."""
+
+    def __init__(self, group: str, schedule: Schedule | None) -> None:
+        self.group = group
+        self.schedule = schedule
+
+    @abstractmethod
+    def plan(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, objective: Objective | None
+    ) -> dict[str, NodePlan]:
+        """Plan the nodes of the group; raise on settings that do not fit the model."""
+
+    def attrs(self, objective: Objective | None) -> dict[str, JsonValue]:
+        """Return settings that a reader of the group needs, for its attributes."""
+        del objective
+        return {}
+
+    @abstractmethod
+    def record(self, snapshot: Snapshot) -> NodeValues:
+        """Measure one record: every planned array of every node."""
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
+    """Copy a tensor to NumPy; bfloat16, which NumPy lacks, becomes float32.
+
+    Examples
+    --------
+    >>> to_numpy(torch.ones(2, dtype=torch.bfloat16)).dtype
+    dtype('float32')
+    """
+    detached = tensor.detach()
+    if detached.dtype == torch.bfloat16:
+        detached = detached.float()
+    # .numpy() of a CPU tensor aliases the live weights, which change at the next step
+    return detached.cpu().numpy().copy()
+
+
+def numpy_dtype(tensor: torch.Tensor) -> str:
+    """Name of the dtype under which :func:`to_numpy` returns the tensor.
+
+    Examples
+    --------
+    >>> numpy_dtype(torch.zeros(1))
+    'float32'
+    """
+    return str(to_numpy(tensor.detach().reshape(-1)[:0]).dtype)

@@ -1,0 +1,286 @@
+"""Probes of curvature spectra: leading eigenpairs of the Hessian and of the G-matrix, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from pydantic import JsonValue
+from torch import nn
+
+from hild_xr.plan import OWN_NODE, ArrayPlan, CoordPlan, NodePlan
+from hild_xr.recorders.curvature import Block, BlockKind, BlockSpectrum, check_k, resolve_blocks
+from hild_xr.recorders.layers import layer_dims
+from hild_xr.recorders.objective import Objective
+from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot, numpy_dtype, to_numpy
+from hild_xr.recorders.schedule import Schedule
+from hild_xr.variables import DIM_EIG, DIM_LAYER, DIM_PARAM
+
+Which = Literal["magnitude", "largest", "smallest"]
+
+_SCALARS = ("n_matvec", "trace")
+_PER_PAIR = ("eigenvalues", "residuals", "converged")
+_DTYPES = {
+    "eigenvalues": "float64",
+    "residuals": "float64",
+    "converged": "bool",
+    "n_matvec": "int32",
+    "trace": "float64",
+}
+
+
+class _Spectrum(Probe):
+    """What :class:`Hessian` and :class:`GMatrix` share; they differ in the matrix."""
+
+    needs_objective = True
+    matrix: Literal["hessian", "gmatrix"]
+
+    def __init__(
+        self,
+        k: int,
+        *,
+        blocks: BlockKind = "layer",
+        layers: Sequence[str] | None = None,
+        which: Which = "magnitude",
+        tol: float = 1e-3,
+        max_matvec: int | None = None,
+        matrix_up_to: int = 0,
+        schedule: Schedule | None = None,
+        group: str | None = None,
+    ) -> None:
+        default = self.matrix if blocks == "layer" else f"{self.matrix}_{blocks}"
+        super().__init__(default if group is None else group, schedule)
+        self.k, self.blocks, self.layers, self.which = k, blocks, layers, which
+        self.tol, self.max_matvec, self.matrix_up_to = tol, max_matvec, matrix_up_to
+
+    def attrs(self, objective: Objective | None) -> dict[str, JsonValue]:
+        """Return settings that a reader of the group needs: what matrix, of which data, how exact."""
+        return {
+            "matrix": self.matrix,
+            "blocks": self.blocks,
+            "k": self.k,
+            "which": self.which,
+            "tolerance": self.tol,
+            "samples": None if objective is None else len(objective),
+            "regularizer": 0.0 if objective is None else objective.l2,
+        }
+
+    def plan(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, objective: Objective | None
+    ) -> dict[str, NodePlan]:
+        """Plan the nodes; rows carry their eigenvalues themselves, other blocks share one array."""
+        del optimizer, objective
+        self._blocks = resolve_blocks(model, self.blocks, self.layers)
+        check_k(self._blocks, self.k)
+        eig = CoordPlan(dim=DIM_EIG, values=tuple(range(self.k)))
+        nodes = {block.label: self._node(model, block) for block in self._blocks}
+        if self.blocks == "rows":
+            return {OWN_NODE: NodePlan(coords={DIM_EIG: eig}), **nodes}
+        labels = tuple(block.label for block in self._blocks)
+        own = NodePlan(
+            arrays=self._numbers((DIM_LAYER,), (len(labels),)),
+            coords={DIM_LAYER: CoordPlan(dim=DIM_LAYER, values=labels), DIM_EIG: eig},
+        )
+        return {OWN_NODE: own, **nodes}
+
+    def record(self, snapshot: Snapshot) -> NodeValues:
+        """Solve all blocks."""
+        spectra = snapshot.curvature.eigenpairs(
+            self.k,
+            matrix=self.matrix,
+            blocks=self.blocks,
+            layers=self.layers,
+            which=self.which,
+            tol=self.tol,
+            max_matvec=self.max_matvec,
+            matrix_up_to=self.matrix_up_to,
+            **self._solver_options(),
+        )
+        nodes: dict[str, dict[str, ArrayLike]] = {label: _tensors(found) for label, found in spectra.items()}
+        if self.blocks == "rows":
+            for label, found in spectra.items():
+                nodes[label].update(_numbers(found))
+            return {OWN_NODE: {}, **nodes}
+        per_block = [_numbers(spectra[block.label]) for block in self._blocks]
+        own: Mapping[str, ArrayLike] = {name: np.stack([n[name] for n in per_block]) for name in per_block[0]}
+        return {OWN_NODE: own, **nodes}
+
+    def _solver_options(self) -> dict[str, bool]:
+        return {}
+
+    def _numbers(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, ArrayPlan]:
+        pairs = {
+            name: ArrayPlan(variable=name, dims=(*dims, DIM_EIG), shape=(*shape, self.k), dtype=_DTYPES[name])
+            for name in _PER_PAIR
+        }
+        scalars = {
+            name: ArrayPlan(variable=name, dims=dims, shape=shape, dtype=_DTYPES[name]) for name in _SCALARS
+        }
+        return pairs | scalars
+
+    def _node(self, model: nn.Module, block: Block) -> NodePlan:
+        batch_dims, vector_dims = _block_dims(model, block, self.blocks)
+        dtype = numpy_dtype(dict(model.named_parameters())[block.parameters[0]])
+        batch = block.batch_shape
+        arrays = self._numbers(batch_dims, batch) if batch_dims else {}
+        arrays["eigenvectors"] = ArrayPlan(
+            variable="eigenvectors",
+            dims=(*batch_dims, DIM_EIG, *vector_dims),
+            shape=(*batch, self.k, *block.vector_shape),
+            dtype=dtype,
+            attrs={
+                "vector_dims": list(vector_dims),
+                "number_dim": DIM_EIG,
+                "matrix": self.matrix,
+                **_layout(block),
+            },
+        )
+        if block.size <= self.matrix_up_to:
+            arrays["matrix"] = ArrayPlan(
+                variable="matrix",
+                dims=(*batch_dims, DIM_PARAM, f"{DIM_PARAM}_"),
+                shape=(*batch, block.size, block.size),
+                dtype=dtype,
+                attrs={"matrix": self.matrix},
+            )
+        return NodePlan(arrays=arrays)
+
+
+class Hessian(_Spectrum):
+    r"""Record the leading eigenpairs of the Hessian of the objective, block by block.
+
+    The block of a layer, of each of its rows, or of the whole model of
+    :math:`\nabla^2 L(\theta)`, regulariser included, in eval mode on the
+    objective's fixed data. Small blocks are solved densely, others by Lanczos.
+
+    Parameters
+    ----------
+    k
+        Eigenpairs for each block.
+    blocks
+        ``"layer"``: one block a parameter tensor, into ``/hessian``.
+        ``"rows"``: one block an output neuron or class, into ``/hessian_rows``.
+        ``"model"``: one block over all trainable parameters, into ``/hessian_model``.
+    layers
+        Qualified names; None for all trainable tensors (for rows: all with at least two dims).
+    which
+        ``"magnitude"``, ``"largest"`` or ``"smallest"`` eigenvalues.
+    tol
+        Relative residual below which an eigenpair counts as converged.
+    max_matvec
+        Budget of Hessian-vector products a block; None for the solver's own.
+    matrix_up_to
+        Keep the whole block as ``matrix`` where it has at most this many parameters.
+    schedule
+        Steps of this probe; None for the recorder's.
+    group
+        Name of the group in the store, where the default is taken.
+
+    Raises
+    ------
+    KeyError
+        When the recorder starts, if a layer is unknown; the nearest name is suggested.
+    ValueError
+        When the recorder starts, if k exceeds the size of a block, or a layer is frozen.
+
+    Examples
+    --------
+    >>> Hessian(k=4, blocks="rows").group
+    'hessian_rows'
+    """
+
+    matrix = "hessian"
+
+
+class GMatrix(_Spectrum):
+    r"""Record the leading eigenpairs of the G-matrix, block by block.
+
+    :math:`G = \frac{1}{M}\sum_m \nabla \ell_m \nabla \ell_m^T`, the uncentred
+    second moment of per-sample gradients on the objective's fixed data
+    (arXiv 2310.03010).
+
+    Parameters
+    ----------
+    k, blocks, layers, which, tol, max_matvec, matrix_up_to, schedule, group
+        As for :class:`Hessian`; groups are ``/gmatrix``, ``/gmatrix_rows``, ``/gmatrix_model``.
+    include_regularizer
+        Take the gradients of the regularised loss; by default those of the data part.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As for :class:`Hessian`.
+
+    Examples
+    --------
+    >>> GMatrix(k=10).group
+    'gmatrix'
+    """
+
+    matrix = "gmatrix"
+
+    def __init__(
+        self,
+        k: int,
+        *,
+        blocks: BlockKind = "layer",
+        layers: Sequence[str] | None = None,
+        which: Which = "magnitude",
+        tol: float = 1e-3,
+        max_matvec: int | None = None,
+        matrix_up_to: int = 0,
+        schedule: Schedule | None = None,
+        group: str | None = None,
+        include_regularizer: bool = False,
+    ) -> None:
+        super().__init__(
+            k,
+            blocks=blocks,
+            layers=layers,
+            which=which,
+            tol=tol,
+            max_matvec=max_matvec,
+            matrix_up_to=matrix_up_to,
+            schedule=schedule,
+            group=group,
+        )
+        self.include_regularizer = include_regularizer
+
+    def attrs(self, objective: Objective | None) -> dict[str, JsonValue]:
+        """Return settings that a reader of the group needs; the regulariser is 0 where it is left out."""
+        shared = super().attrs(objective)
+        if not self.include_regularizer:
+            shared["regularizer"] = 0.0
+        return shared
+
+    def _solver_options(self) -> dict[str, bool]:
+        return {"include_regularizer": self.include_regularizer}
+
+
+def _block_dims(model: nn.Module, block: Block, blocks: BlockKind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Dims that number the blocks of a layer, and dims of an eigenvector."""
+    if blocks == "model":
+        return (), (DIM_PARAM,)
+    dims = layer_dims(model)[block.label]
+    return (dims[:1], dims[1:]) if blocks == "rows" else ((), dims)
+
+
+def _layout(block: Block) -> dict[str, JsonValue]:
+    """How a flat vector is cut into tensors, for blocks over several of them."""
+    if block.kind != "model":
+        return {}
+    return {"layers": list(block.parameters), "layer_shapes": [list(shape) for shape in block.shapes]}
+
+
+def _numbers(found: BlockSpectrum) -> dict[str, ArrayLike]:
+    return {name: to_numpy(getattr(found, name)) for name in (*_PER_PAIR, *_SCALARS)}
+
+
+def _tensors(found: BlockSpectrum) -> dict[str, ArrayLike]:
+    tensors: dict[str, ArrayLike] = {"eigenvectors": to_numpy(found.eigenvectors)}
+    if found.matrix is not None:
+        tensors["matrix"] = to_numpy(found.matrix)
+    return tensors
