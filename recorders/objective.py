@@ -1,0 +1,321 @@
+"""The objective: the function of the parameters whose curvature is taken, on fixed data."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hild_xr.recorders.curvature.functional import FunctionalModel, Inputs, cast, map_inputs
+from hild_xr.recorders.curvature.isolation import isolated, unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+_CHECKED_SAMPLES = 16
+
+
+class Objective:
+    r"""The regularised mean loss of a model on fixed data.
+
+    .. math:: L(\theta) = \frac1M \sum_{m=1}^M \ell(f_\theta(x_m), y_m) + \frac\beta2 |\theta|^2
+
+    Hessian and G-matrix are taken of this function. It is evaluated in eval mode
+    and leaves no trace in the model (see
+    :func:`~hild_xr.recorders.curvature.isolation.isolated`).
+
+    Parameters
+    ----------
+    loss
+        ``loss(outputs, targets)`` returns a scalar tensor, the *mean* over the
+        samples of the batch, as ``torch.nn.functional.cross_entropy`` does.
+    inputs
+        What the model is called with: a tensor, a tuple of tensors (positional)
+        or a dict of tensors (keywords). Samples along the first dim.
+    targets
+        What the loss compares with; samples along the first dim.
+    batch_size
+        Samples evaluated at a time; ``None`` takes all at once. Batches weigh as
+        much as they hold samples, so the value does not depend on it. A single
+        batch is fastest, since its graph serves all products of a record.
+    l2
+        :math:`\beta \ge 0`; the sum runs over the trainable parameters, tied ones once.
+
+    Raises
+    ------
+    TypeError
+        If inputs or targets are no tensors.
+    ValueError
+        If there are no samples, ``inputs`` and ``targets`` differ in length or
+        device, or ``batch_size`` or ``l2`` is out of range.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(3, 2)
+    >>> inputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 0, 1, 0])
+    >>> objective = Objective(torch.nn.functional.cross_entropy, inputs, targets)
+    >>> len(objective), round(objective.value(model), 1)
+    (5, 0.7)
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Tensor], Tensor],
+        inputs: Inputs,
+        targets: Tensor,
+        *,
+        batch_size: int | None = None,
+        l2: float = 0.0,
+    ) -> None:
+        for data in (*_tensors(inputs), targets):
+            if not isinstance(data, Tensor) or data.ndim == 0:
+                raise TypeError(
+                    f"inputs and targets must be torch tensors with samples along the first dim, got "
+                    f"{type(data).__name__}: convert with torch.as_tensor"
+                )
+        sizes = {len(tensor) for tensor in _tensors(inputs)}
+        if sizes != {len(targets)}:
+            raise ValueError(
+                f"inputs hold {' and '.join(map(str, sorted(sizes)))} samples (first dim) but targets hold "
+                f"{len(targets)}: give one target for each sample"
+            )
+        if len(targets) == 0:
+            raise ValueError("the objective has no samples: give at least one input and its target")
+        devices = {tensor.device for tensor in (*_tensors(inputs), targets)}
+        if len(devices) > 1:
+            raise ValueError(
+                f"inputs and targets lie on different devices ({', '.join(sorted(map(str, devices)))}): "
+                "bring all to the model's device"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(
+                f"batch_size must be at least 1, or None for all samples at once; got {batch_size}"
+            )
+        if not (math.isfinite(l2) and l2 >= 0):
+            raise ValueError(f"l2 must be a finite number of at least 0 (weight decay); got {l2}")
+        self.loss = loss
+        self.inputs = map_inputs(_plain, inputs)
+        self.targets = _plain(targets)
+        self.batch_size = batch_size
+        self.l2 = float(l2)
+        self._checked = False
+
+    def __len__(self) -> int:
+        """Return the number of samples M."""
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        name = getattr(self.loss, "__name__", type(self.loss).__name__)
+        data = f"{len(self)} samples on {self.device}, batch_size={self.batch_size}"
+        return f"Objective({name}, {data}, l2={self.l2})"
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds the data."""
+        return self.targets.device
+
+    @property
+    def single_batch(self) -> bool:
+        """Whether all samples are evaluated at once."""
+        return self.batch_size is None or self.batch_size >= len(self)
+
+    def to(self, device: torch.device | str) -> Objective:
+        """Return the same objective with its data on ``device``.
+
+        Examples
+        --------
+        >>> Objective(torch.nn.functional.mse_loss, torch.zeros(2, 1), torch.zeros(2, 1)).to("cpu").device
+        device(type='cpu')
+        """
+        moved = Objective(
+            self.loss,
+            map_inputs(lambda tensor: tensor.to(device), self.inputs),
+            self.targets.to(device),
+            batch_size=self.batch_size,
+            l2=self.l2,
+        )
+        moved._checked = self._checked
+        return moved
+
+    def batches(self, dtype: torch.dtype | None = None) -> Iterator[tuple[Inputs, Tensor]]:
+        """Yield inputs and targets batch by batch, floating data brought to ``dtype`` if one is given.
+
+        Examples
+        --------
+        >>> data = torch.zeros(5, 1)
+        >>> objective = Objective(torch.nn.functional.mse_loss, data, data, batch_size=3)
+        >>> [len(targets) for inputs, targets in objective.batches()]
+        [3, 2]
+        """
+        size = self.batch_size or len(self)
+        for start in range(0, len(self), size):
+            yield self.samples(slice(start, start + size), dtype)
+
+    def samples(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> tuple[Inputs, Tensor]:
+        """Return the inputs and targets that ``index`` selects, cast like :meth:`batches`."""
+        inputs = map_inputs(lambda tensor: cast(tensor[index], dtype), self.inputs)
+        return inputs, cast(self.targets[index], dtype)
+
+    def mean_loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Return the loss of a batch, regulariser not included.
+
+        Raises
+        ------
+        TypeError
+            If the loss function returns no scalar tensor.
+        """
+        value = self.loss(outputs, targets)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"loss(outputs, targets) must return a scalar torch tensor, got {type(value).__name__}: "
+                "return the tensor itself, not .item()"
+            )
+        if value.ndim != 0:
+            raise TypeError(
+                f"loss(outputs, targets) must return a scalar, got a tensor of shape {tuple(value.shape)}: "
+                "return the mean over the samples (reduction='mean')"
+            )
+        return value
+
+    def value(self, model: nn.Module) -> float:
+        r"""Return :math:`L(\theta)`, regulariser included, in eval mode and without touching the model.
+
+        Raises
+        ------
+        ValueError
+            See :meth:`check`.
+        """
+        self.check(model)
+        with isolated(model), torch.no_grad():
+            network = FunctionalModel(model)
+            total = self.penalty(network)
+            for inputs, targets in self.batches():
+                total += len(targets) / len(self) * float(self.mean_loss(network(inputs), targets))
+        return total
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """Return the model's outputs on all samples, shape (M, ...), in eval mode and detached.
+
+        Raises
+        ------
+        ValueError
+            If the data lie on another device than the model.
+        TypeError
+            If the model returns something else than one tensor.
+        """
+        self._check_device(model)
+        with isolated(model), torch.no_grad():
+            network = FunctionalModel(model)
+            outputs = [network(inputs) for inputs, _ in self.batches()]
+        if not all(isinstance(output, Tensor) for output in outputs):
+            raise TypeError(
+                f"outputs() needs a model that returns one tensor, got {type(outputs[0]).__name__}"
+            )
+        return torch.cat(outputs)
+
+    def penalty(self, network: FunctionalModel) -> float:
+        r"""Return the regulariser :math:`\frac\beta2|\theta|^2` at the network's trainable parameters."""
+        if self.l2 == 0:
+            return 0.0
+        squares = [leaf.detach().double().square().sum() for leaf in network.trainable.values()]
+        return 0.5 * self.l2 * float(torch.stack(squares).sum())
+
+    def check(self, model: nn.Module) -> None:
+        """Check that model, loss and data fit together: once on samples, and the device each time.
+
+        Weighting batches by their size, and the G-matrix itself, presume that the
+        loss is a mean over samples that do not see each other. So the loss of a few
+        samples together is compared with the mean of their single losses.
+
+        Raises
+        ------
+        ValueError
+            If the data lie on another device than the model, if the model couples the
+            samples of a batch or is random in eval mode, or if the loss is no mean
+            over samples.
+        TypeError
+            If the loss function returns no scalar tensor.
+        """
+        self._check_device(model)
+        if self._checked or len(self) == 1:
+            return
+        with isolated(model), torch.no_grad():
+            network = FunctionalModel(model)
+            index = self._some_samples()
+            inputs, targets = self.samples(index)
+            outputs = network(inputs)
+            together = self.mean_loss(outputs, targets)
+            singles = [self.samples(index[i : i + 1]) for i in range(len(index))]
+            single_outputs = [network(inputs) for inputs, _ in singles]
+            apart = torch.stack(
+                [self.mean_loss(o, t) for o, (_, t) in zip(single_outputs, singles, strict=True)]
+            )
+        if not bool(together.isfinite() & apart.isfinite().all()):
+            return  # the caller meets the same value and reports that it is not finite
+        tolerance = _tolerance(together.dtype)
+        if isinstance(outputs, Tensor) and not _same_rows(outputs, torch.cat(single_outputs), tolerance):
+            raise ValueError(
+                "the model's output for a sample changes with the other samples of its batch (or is random) "
+                "in eval mode, so the loss is no mean over samples: BatchNorm(track_running_stats=False), "
+                "sampling and attention across the batch do that; use a layer that treats samples apart "
+                "(GroupNorm, BatchNorm with running statistics)"
+            )
+        if abs(together - apart.mean()) > tolerance * apart.abs().mean():
+            raise ValueError(
+                f"the loss of {len(index)} samples is {float(together):.6g}, but the mean of their "
+                f"single losses is {float(apart.mean()):.6g}: loss(outputs, targets) must be a mean over "
+                "samples. Use reduction='mean'; with class weights or ignored targets divide by the number "
+                "of samples, not by the sum of the weights"
+            )
+        self._checked = True
+
+    def _some_samples(self) -> Tensor:
+        """Return indices spread over the data, with samples of different classes among them."""
+        spread = torch.linspace(0, len(self) - 1, min(_CHECKED_SAMPLES, len(self)), dtype=torch.float64)
+        index = spread.round().long()
+        if self.targets.ndim == 1 and not self.targets.is_floating_point():
+            # A class-weighted loss is only told from a mean by samples of classes that weigh differently.
+            classes = self.targets.cpu().numpy()
+            firsts = np.unique(classes, return_index=True)[1][:_CHECKED_SAMPLES]
+            index = torch.from_numpy(np.union1d(index.numpy(), firsts))
+        return index.to(self.device)
+
+    def _check_device(self, model: nn.Module) -> None:
+        devices = {parameter.device for parameter in unwrapped(model).parameters()}
+        if devices and self.device not in devices:
+            place = sorted(map(str, devices))[0]
+            raise ValueError(
+                f"the objective's data lie on {self.device} but the model on {place}: "
+                f"use objective = objective.to({place!r})"
+            )
+
+
+def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
+    if isinstance(inputs, dict):
+        return tuple(inputs.values())
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # Tensors made under torch.inference_mode cannot be saved for a backward pass; their clones can.
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    # Kernels chosen for another batch size, and TF32 products on a GPU, round
+    # differently: about 2e-3 in float32 and 5e-7 in float64. What is looked for is of order 1.
+    return float(torch.finfo(dtype).eps ** 0.4)
+
+
+def _same_rows(together: Tensor, apart: Tensor, tolerance: float) -> bool:
+    if together.shape != apart.shape:
+        return False
+    finite = together.isfinite() & apart.isfinite()  # masked logits may be infinite
+    difference, scale = (together - apart)[finite].abs(), together[finite].abs()
+    return not finite.any() or bool(difference.max() <= tolerance * scale.max())
