@@ -237,6 +237,13 @@ _DECLARED = (
     ),
     Variable("bulk_edge", (), "f", "bulk edge", "Threshold above which an eigenvalue counts as an outlier."),
     Variable(
+        "bulk_reached",
+        (),
+        "b",
+        "bulk reached",
+        "Whether an eigenvalue of the bulk was recorded; where not, the number of outliers is a lower bound.",
+    ),
+    Variable(
         "numerical_rank",
         (),
         "i",

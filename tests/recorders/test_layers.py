@@ -30,7 +30,7 @@ def test_layer_dims__follow_the_kind_of_layer() -> None:
 
 def test_layer_dims__name_tied_weights_once() -> None:
     model = nn.ModuleDict({"token": nn.Embedding(5, 2), "head": nn.Linear(2, 5, bias=False)})
-    model["head"].weight = model["token"].weight  # type: ignore[assignment]
+    model["head"].weight = model["token"].weight
     assert list(layer_dims(model)) == ["token.weight"]
 
 

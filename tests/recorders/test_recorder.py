@@ -160,7 +160,10 @@ def test_spectra__are_those_of_the_dense_matrix_of_the_state(tmp_path: Path) -> 
 
     def loss(flat: torch.Tensor) -> torch.Tensor:
         first, second = flat[:24].reshape(4, 6), flat[24:].reshape(3, 4)
-        return F.cross_entropy(torch.tanh(x.double() @ first.T) @ second.T, y) + 0.025 * flat.square().sum()
+        penalty: torch.Tensor = 0.025 * flat.square().sum()
+        data: torch.Tensor = F.cross_entropy(torch.tanh(x.double() @ first.T) @ second.T, y)
+        total: torch.Tensor = data + penalty
+        return total
 
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     dense = torch.func.hessian(loss)(flat).numpy()
@@ -187,16 +190,17 @@ def test_spectra__are_those_of_the_dense_matrix_of_the_state(tmp_path: Path) -> 
             first, second = flat[:24].reshape(4, 6), flat[24:].reshape(3, 4)
             return F.cross_entropy(torch.tanh(xs @ first.T) @ second.T, ys)
 
-        return torch.func.grad(single)(flat)
+        gradient: torch.Tensor = torch.func.grad(single)(flat)
+        return gradient
 
     gradients = torch.stack([sample_gradient(a.double(), b) for a, b in zip(x, y, strict=True)]).numpy()
     expected = np.linalg.eigvalsh(gradients.T @ gradients / len(gradients))[::-1][:3]
     found = run["gmatrix_model/eigenvalues"].isel(seed=0, step=0, layer=0).values
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    vectors = run["gmatrix_model/model/eigenvectors"]
-    assert vectors.dims == ("seed", "step", "eig", "param")
-    assert vectors.attrs["layers"] == ["0.weight", "2.weight"]
-    assert vectors.attrs["layer_shapes"] == [[4, 6], [3, 4]]
+    flat_vectors = run["gmatrix_model/model/eigenvectors"]
+    assert flat_vectors.dims == ("seed", "step", "eig", "param")
+    assert flat_vectors.attrs["layers"] == ["0.weight", "2.weight"]
+    assert flat_vectors.attrs["layer_shapes"] == [[4, 6], [3, 4]]
 
 
 def test_group_attributes__say_what_was_measured(tmp_path: Path) -> None:
@@ -362,7 +366,7 @@ def _recorder(
         "probes": [rec.Weights(), rec.Hessian(k=2, layers=["fc1.weight"])],
         "schedule": rec.every(5, total_steps=10),
     }
-    return rec.Recorder(path, model, optimizer, **{**settings, **changes})  # type: ignore[arg-type]
+    return rec.Recorder(path, model, optimizer, **{**settings, **changes})
 
 
 def test_existing_store_of_another_plan__is_refused_with_the_differences(tmp_path: Path) -> None:
@@ -452,7 +456,7 @@ def test_full_disk__stops_with_the_cause_and_keeps_what_is_committed(
     async def set_until_full(self: LocalStore, key: str, value: object) -> None:
         if full and "eigenvectors/c" in key:
             raise OSError(28, "No space left on device")
-        await whole(self, key, value)  # type: ignore[arg-type]
+        await whole(self, key, value)
 
     monkeypatch.setattr(LocalStore, "set", set_until_full)
     with (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -52,7 +53,7 @@ def test_at__sorts_and_drops_repeats() -> None:
         (lambda: Schedule(()), "at least one step"),
         (lambda: Schedule((3, 3)), "increase strictly"),
         (lambda: at([-1]), "from 0"),
-        (lambda: at([1.5]), "whole numbers"),
+        (lambda: at([1.5]), "whole numbers"),  # type: ignore[list-item]
         (lambda: every(0, total_steps=3), "at least 1"),
         (lambda: every(1, total_steps=-3), "negative"),
         (lambda: log_spaced(total_steps=0, records=3), "at least 1"),
@@ -60,6 +61,6 @@ def test_at__sorts_and_drops_repeats() -> None:
         (lambda: log_then_linear(total_steps=5, records=3, switch=9), "between 1 and total_steps"),
     ],
 )
-def test_schedules__refuse_what_makes_no_sense(build: object, message: str) -> None:
+def test_schedules__refuse_what_makes_no_sense(build: Callable[[], Schedule], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build()  # type: ignore[operator]
+        build()

@@ -1,0 +1,143 @@
+"""The command line: ``hild-xr``. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hild_xr import __version__
+
+app = typer.Typer(
+    name="hild-xr",
+    help="Record how networks train, analyse the records, reproduce the theory's experiments.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_WRONG = 1
+EXIT_USAGE = 2
+
+
+class ExperimentName(StrEnum):
+    """Experiments that ``reproduce`` knows."""
+
+    kgmm = "kgmm"
+    xor = "xor"
+    digits = "digits"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hild-xr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def reproduce(
+    experiment: Annotated[ExperimentName, typer.Argument(help="Experiment of arXiv 2310.03010 to run.")],
+    out: Annotated[Path, typer.Option(help="Folder for the stores and the report; made if missing.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, recorded into one store.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table of claims as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
+) -> None:
+    """Train an experiment of the theory, record it, and hold the claims against the records.
+
+    Seeds that the folder holds already are not trained again. The exit code is 0
+    if every claim holds and 1 if one does not.
+    """
+    from hild_xr.reproduce import reproduce as run_experiment
+
+    done = run_experiment(experiment.value, out, seeds=seeds, progress=not quiet)
+    if as_json:
+        typer.echo(json.dumps(done.to_dict(), indent=2, allow_nan=False))
+    else:
+        _print_table([claim.as_row() for claim in done.claims])
+        typer.echo(f"report: {done.report}")
+        for store in done.stores:
+            typer.echo(f"store:  {store}")
+    if not done.all_hold:
+        raise typer.Exit(EXIT_WRONG)
+
+
+@app.command()
+def info(
+    run: Annotated[Path, typer.Argument(help="Path of a stored run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a stored run holds: seeds, probes, records, configuration, provenance."""
+    from hild_xr.store.summary import summarise
+
+    summary = summarise(run)
+    typer.echo(json.dumps(summary, indent=2) if as_json else _summary_text(summary))
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hild_xr.claims import COLUMNS
+
+    table = Table(*COLUMNS, show_lines=False)
+    for row in rows:
+        table.add_row(*row, style=None if row[-1] == "yes" else "bold red")
+    # a pipe has no width: rows must not be cut there
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def _summary_text(summary: dict[str, Any]) -> str:
+    lines = [
+        f"run          {summary['path']}",
+        f"schema       {summary['schema_version']}",
+        f"seeds        {', '.join(map(str, summary['seeds']))}",
+        f"planned size {summary['nbytes'] / 1e6:.1f} MB",
+    ]
+    lines += [f"{name:<12} {value}" for name, value in summary["config"].items()]
+    for name, probe in summary["probes"].items():
+        first, last = probe["steps"]
+        layers = f"; layers: {', '.join(probe['layers'])}" if probe["layers"] else ""
+        lines.append(
+            f"/{name}: {probe['committed']} of {probe['planned']} records, steps {first} to {last}{layers}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 if all is well, 1 if something is wrong, 2 for wrong usage."""
+    try:
+        app()
+    except (OSError, ImportError) as error:
+        _fail(error)
+    except Exception as error:
+        from hild_xr.store import StoreError
+
+        if not isinstance(error, StoreError):
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    typer.echo(f"hild-xr: {error}", err=True)
+    raise SystemExit(EXIT_USAGE) from error
+
+
+if __name__ == "__main__":
+    main()
