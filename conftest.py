@@ -30,8 +30,8 @@ NEEDS = {
         "hild_xr/reproduce",
         "tests/recorders",
         "tests/reproduce",
-        "tests/test_reproduce.py",
         "tests/test_examples.py",
+        "tests/test_readme.py",
         "tests/benchmarks",
     ),
     "holoviews": (

@@ -16,5 +16,5 @@ def blank_linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     >>> blank_linear(3, 2, bias=False).weight.shape
     torch.Size([2, 3])
     """
-    layer: nn.Linear = skip_init(nn.Linear, inputs, outputs, bias=bias)  # type: ignore[no-untyped-call]
+    layer: nn.Linear = skip_init(nn.Linear, inputs, outputs, bias=bias)
     return layer

@@ -135,7 +135,7 @@ class Problem(ABC):
                 part = batches[first : first + PROGRESS_STEPS]
                 for x, y in part:
                     optimizer.zero_grad()
-                    loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+                    loss(model(x), y).backward()
                     optimizer.step()
                 if progress is not None:
                     progress(len(part))
