@@ -56,11 +56,11 @@ class Objective:
 
     Examples
     --------
-    >>> model = torch.nn.Linear(3, 2)
+    >>> model = torch.nn.Linear(3, 2, bias=False)
     >>> inputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 0, 1, 0])
     >>> objective = Objective(torch.nn.functional.cross_entropy, inputs, targets)
-    >>> len(objective), round(objective.value(model), 1)
-    (5, 0.7)
+    >>> len(objective), round(objective.value(model), 3)
+    (5, 0.693)
     """
 
     def __init__(
@@ -250,22 +250,28 @@ class Objective:
             inputs, targets = self.samples(index)
             outputs = network(inputs)
             together = self.mean_loss(outputs, targets)
+            if not bool(together.isfinite()):
+                return  # the caller meets the same value and reports that it is not finite
             singles = [self.samples(index[i : i + 1]) for i in range(len(index))]
-            single_outputs = [network(inputs) for inputs, _ in singles]
-            apart = torch.stack(
-                [self.mean_loss(o, t) for o, (_, t) in zip(single_outputs, singles, strict=True)]
-            )
-        if not bool(together.isfinite() & apart.isfinite().all()):
-            return  # the caller meets the same value and reports that it is not finite
+            try:
+                single_outputs = [network(inputs) for inputs, _ in singles]
+                losses = [self.mean_loss(o, t) for o, (_, t) in zip(single_outputs, singles, strict=True)]
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"the model or the loss fails on a single sample ({error}), so the loss is no mean over "
+                    "samples that do not see each other: use layers that treat samples apart (GroupNorm, "
+                    "BatchNorm with running statistics)"
+                ) from error
+            apart = torch.stack(losses)
         tolerance = _tolerance(together.dtype)
         if isinstance(outputs, Tensor) and not _same_rows(outputs, torch.cat(single_outputs), tolerance):
             raise ValueError(
                 "the model's output for a sample changes with the other samples of its batch (or is random) "
-                "in eval mode, so the loss is no mean over samples: BatchNorm(track_running_stats=False), "
-                "sampling and attention across the batch do that; use a layer that treats samples apart "
+                "in eval mode, so the loss is no mean over samples: sampling, statistics "
+                "of the batch and attention across the batch do that; use a layer that treats samples apart "
                 "(GroupNorm, BatchNorm with running statistics)"
             )
-        if abs(together - apart.mean()) > tolerance * apart.abs().mean():
+        if not abs(together - apart.mean()) <= tolerance * apart.abs().mean():
             raise ValueError(
                 f"the loss of {len(index)} samples is {float(together):.6g}, but the mean of their "
                 f"single losses is {float(apart.mean()):.6g}: loss(outputs, targets) must be a mean over "

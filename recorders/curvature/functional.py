@@ -1,0 +1,113 @@
+"""A model as a function of its parameters, on copies that never touch training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hild_xr.recorders.curvature.isolation import unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""What a model is called with: one tensor, positional tensors, or keyword tensors."""
+
+
+class FunctionalModel:
+    """The map from parameters and inputs to outputs.
+
+    The trainable parameters become detached leaves that share the memory of the
+    model's own (or a copy in another precision), so gradients, ``.grad``,
+    parameter hooks and the user's graph are never touched. Every call gets fresh
+    clones of the buffers, so it is the same function each time.
+
+    Parameters
+    ----------
+    model
+        The model; wrappers of ``torch.compile`` and data parallelism are looked through.
+    dtype
+        Precision to compute in; ``None`` keeps the model's.
+
+    Attributes
+    ----------
+    trainable
+        Leaves of the parameters that require gradients, by qualified name, in the
+        model's order; tied parameters once.
+
+    Raises
+    ------
+    ValueError
+        If no parameter requires gradients.
+    TypeError
+        If a trainable parameter is complex.
+
+    Examples
+    --------
+    >>> function = FunctionalModel(nn.Linear(2, 1), dtype=torch.float64)
+    >>> list(function.trainable), function(torch.ones(3, 2, dtype=torch.float64)).shape
+    (['weight', 'bias'], torch.Size([3, 1]))
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.model = unwrapped(model)
+        self.trainable: dict[str, Tensor] = {}
+        self._fixed: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.is_complex():
+                raise TypeError(
+                    f"parameter {name!r} is complex: curvature is defined here for real parameters; "
+                    "hold its real and imaginary parts as two parameters"
+                )
+            value = cast(parameter.detach(), dtype)
+            if parameter.requires_grad:
+                self.trainable[name] = value.requires_grad_(True)
+            else:
+                self._fixed[name] = value
+        if not self.trainable:
+            raise ValueError(
+                "the model has no trainable parameter (requires_grad=True), so there is no curvature; "
+                "unfreeze the parameters of interest"
+            )
+        self._buffers = {name: cast(buffer.detach(), dtype) for name, buffer in self.model.named_buffers()}
+
+    def __call__(self, inputs: Inputs, trainable: Mapping[str, Tensor] | None = None) -> Any:
+        """Return the model's outputs, with ``trainable`` in place of some of the parameters."""
+        state = {**self._fixed, **self.trainable, **(trainable or {})}
+        state |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        if isinstance(inputs, dict):
+            return torch.func.functional_call(self.model, state, (), inputs)
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        return torch.func.functional_call(self.model, state, args)
+
+    def flat(self, names: tuple[str, ...]) -> Tensor:
+        """Return the named parameters flattened into one detached vector."""
+        return torch.cat([self.trainable[name].detach().reshape(-1) for name in names])
+
+
+def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """Apply a function to each tensor of the inputs.
+
+    Examples
+    --------
+    >>> map_inputs(lambda tensor: tensor[:1], (torch.ones(2), torch.zeros(2)))
+    (tensor([1.]), tensor([0.]))
+    """
+    if isinstance(inputs, dict):
+        return {name: function(tensor) for name, tensor in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(function(tensor) for tensor in inputs)
+    return function(inputs)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Bring a floating tensor to ``dtype``; ``None``, integers and bools leave it as it is.
+
+    Examples
+    --------
+    >>> cast(torch.zeros(2), torch.float64).dtype, cast(torch.tensor([1]), torch.float64).dtype
+    (torch.float64, torch.int64)
+    """
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -1,0 +1,175 @@
+"""Run a model for measurement without leaving a trace in the training run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's own module inside ``torch.compile`` and data-parallel wrappers.
+
+    Compiled code has no double backward and DDP's forward synchronises ranks,
+    so curvature is taken of the module inside. It shares its parameters with
+    the wrapper.
+
+    Examples
+    --------
+    >>> model = nn.Linear(2, 1)
+    >>> unwrapped(nn.DataParallel(model)) is model
+    True
+    """
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Measure inside, and find everything as it was outside.
+
+    Inside the context
+
+    * every module is in eval mode (dropout off, BatchNorm on its running statistics);
+    * gradients can be taken, also when the caller is under ``torch.no_grad`` or
+      ``torch.inference_mode``;
+    * autocast is off, attention uses the math kernel and recurrent layers avoid
+      cuDNN, since fused kernels have no double backward.
+
+    On leaving, also through an exception, each module's own train/eval flag, the
+    RNG states of torch (CPU, and the CUDA devices that hold the model), the
+    buffers and the global switches are as before. Parameters and ``.grad`` are
+    never touched.
+
+    Parameters
+    ----------
+    model
+        The model. Its forward hooks run as usual.
+
+    Warnings
+    --------
+    Attributes that are neither parameters nor buffers (a Python counter, a
+    cache) and the generators of ``random`` and NumPy are not restored.
+
+    Examples
+    --------
+    >>> model = nn.Dropout(0.5)
+    >>> with torch.no_grad(), isolated(model):
+    ...     print(model.training, torch.is_grad_enabled())
+    False True
+    >>> model.training
+    True
+    """
+    devices = _devices(model)
+    cuda = [device for device in devices if device.type == "cuda"]
+    with ExitStack() as stack:
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_restored_buffers(model))
+        for device_type in sorted({"cpu"} | {device.type for device in devices}):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_no_fused_encoder())
+        if cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+class Measurement:
+    """A model's :func:`isolated` as a context that can be entered again inside itself.
+
+    Nested entries cost nothing, so that every pass through the network can make sure of
+    it, and a solve of many passes pays once.
+
+    Parameters
+    ----------
+    model
+        The model.
+
+    Examples
+    --------
+    >>> model = nn.Dropout(0.5)
+    >>> measuring = Measurement(model)
+    >>> with measuring(), measuring():
+    ...     print(model.training)
+    False
+    >>> model.training
+    True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._active = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Enter :func:`isolated`, unless it is entered already."""
+        if self._active:
+            yield
+            return
+        with isolated(self._model):
+            self._active = True
+            try:
+                yield
+            finally:
+                self._active = False
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    # The flag is set module by module: model.eval() may be overridden to do more
+    # (merge adapters, say), and it would forget which modules were frozen in eval mode.
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
+    saved: list[tuple[nn.Module, str, Tensor, Tensor]] = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, copy in saved:
+                module._buffers[name] = buffer
+                # A needless copy would move the version counter and break a graph that saved the
+                # buffer; the counter itself does not tell, since BatchNorm does not move it.
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+
+
+@contextmanager
+def _no_fused_encoder() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

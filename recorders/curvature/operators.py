@@ -1,0 +1,381 @@
+"""Curvature matrices as operators: products, whole matrices and traces of a block.
+
+Every operator has one contract, whatever it is made of (network passes, factors of a
+linear layer, per-sample gradients): ``product(vectors, rows)`` multiplies the n-th vector
+with sub-block ``rows[n]``. A block that is no batch has the single sub-block 0.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from hild_xr.recorders.curvature.blocks import Block
+    from hild_xr.recorders.curvature.graph import LossGraph
+    from hild_xr.recorders.curvature.sample_gradients import GradientSampler, SampleGradients
+
+
+class BlockOperator(ABC):
+    """A batch of ``count`` symmetric matrices of dimension ``size``.
+
+    Parameters
+    ----------
+    block
+        The block, for its label and shapes.
+    dtype, device
+        Of the vectors.
+    """
+
+    def __init__(self, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        self.block, self.dtype, self.device = block, dtype, device
+        self.size, self.count = block.size, block.count
+
+    @abstractmethod
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,), shape (n, p)."""
+
+    def matrix(self, rows: Tensor) -> Tensor:
+        """Return whole sub-blocks, shape (n, p, p); here from products with the identity."""
+        identity = torch.eye(self.size, dtype=self.dtype, device=self.device).repeat(len(rows), 1)
+        columns = self.product(identity, rows.repeat_interleave(self.size))
+        return columns.reshape(len(rows), self.size, self.size)
+
+    def trace(self) -> Tensor | None:
+        """Return the trace of each sub-block, shape (count,), where it is nearly free; else ``None``."""
+        return None
+
+
+class NetworkHessian(BlockOperator):
+    """Hessian block through backward passes of the network.
+
+    Parameters
+    ----------
+    block
+        The block.
+    each_graph
+        Calls a function with the weight n_batch / M and the loss graph of each batch: the
+        retained one, or one after the other built anew.
+    l2
+        Added to the diagonal.
+    dtype, device
+        Of the vectors.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        each_graph: Callable[[Callable[[float, LossGraph], None]], None],
+        l2: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(block, dtype, device)
+        self._each_graph, self._l2 = each_graph, l2
+
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
+        of_batches: list[Tensor] = []
+
+        def multiply(weight: float, graph: LossGraph) -> None:
+            products = [
+                self._vector(graph.hessian_product(self.block.parameters, self._parts(vector, row)), row)
+                for vector, row in zip(vectors, rows.tolist(), strict=True)
+            ]
+            of_batches.append(weight * torch.stack(products))
+
+        self._each_graph(multiply)
+        return sum_tensors(of_batches) + self._l2 * vectors
+
+    def _parts(self, vector: Tensor, row: int) -> list[Tensor]:
+        if self.block.kind == "rows":
+            part = torch.zeros(self.block.shapes[0], dtype=self.dtype, device=self.device)
+            part[row] = vector.reshape(self.block.vector_shape)
+            return [part]
+        return split(vector, self.block.shapes)
+
+    def _vector(self, parts: list[Tensor], row: int) -> Tensor:
+        if self.block.kind == "rows":
+            return parts[0][row].reshape(-1)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+
+class WeightedRows(BlockOperator):
+    r"""Rows of a linear layer's Hessian: :math:`\frac1M\sum_m s_{mc} h_m h_m^T + \beta I`.
+
+    Parameters
+    ----------
+    block
+        A block of rows.
+    h
+        Inputs of the layer, shape (M, in).
+    weights
+        :math:`s_{mc}`, second derivatives by the outputs, shape (M, out).
+    l2
+        :math:`\beta`.
+    """
+
+    def __init__(self, block: Block, h: Tensor, weights: Tensor, l2: float) -> None:
+        super().__init__(block, h.dtype, h.device)
+        self._h, self._weights, self._l2 = h, weights / len(h), l2
+
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
+        scores = (self._h @ vectors.T) * _columns(self._weights, rows)
+        return scores.T @ self._h + self._l2 * vectors
+
+    def matrix(self, rows: Tensor) -> Tensor:
+        """Return whole sub-blocks, shape (n, p, p)."""
+        identity = self._l2 * torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return torch.stack([(self._h * self._weights[:, row, None]).T @ self._h + identity for row in rows])
+
+    def trace(self) -> Tensor:
+        """Return the trace of each sub-block, shape (count,)."""
+        return self._h.square().sum(1) @ self._weights + self._l2 * self.size
+
+
+class FactoredRowsSecondMoment(BlockOperator):
+    r"""Rows of a linear layer's G-matrix, from its factors.
+
+    Row c has the per-sample gradients :math:`\delta_{mc} h_m + s_c`, where the shift
+    :math:`s_c` is the regulariser's gradient or zero.
+
+    Parameters
+    ----------
+    block
+        A block of rows.
+    h
+        Inputs of the layer, shape (M, in).
+    delta
+        Gradients by the outputs, shape (M, out).
+    shift
+        Added to each per-sample gradient, shape (out, in); ``None`` for nothing.
+    """
+
+    def __init__(self, block: Block, h: Tensor, delta: Tensor, shift: Tensor | None) -> None:
+        super().__init__(block, h.dtype, h.device)
+        self._h, self._delta, self._shift = h, delta, shift
+
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
+        delta = _columns(self._delta, rows)
+        scores = (self._h @ vectors.T) * delta
+        if self._shift is not None:
+            scores += (self._shift[rows] * vectors).sum(1)
+        products = (scores * delta).T @ self._h
+        if self._shift is not None:
+            products += scores.sum(0)[:, None] * self._shift[rows]
+        return products / len(self._h)
+
+    def matrix(self, rows: Tensor) -> Tensor:
+        """Return whole sub-blocks, shape (n, p, p)."""
+        return torch.stack(
+            [gradients.T @ gradients / len(self._h) for gradients in map(self._gradients, rows)]
+        )
+
+    def trace(self) -> Tensor:
+        """Return the trace of each sub-block, shape (count,)."""
+        trace = self._h.square().sum(1) @ self._delta.square()
+        if self._shift is not None:
+            mean = self._delta.T @ self._h
+            trace += 2 * (mean * self._shift).sum(1) + len(self._h) * self._shift.square().sum(1)
+        return trace / len(self._h)
+
+    def _gradients(self, row: Tensor) -> Tensor:
+        gradients = self._h * self._delta[:, row, None]
+        return gradients if self._shift is None else gradients + self._shift[row]
+
+
+class RowsSecondMoment(BlockOperator):
+    """Rows of a G-matrix from per-sample gradients held as a tensor.
+
+    Parameters
+    ----------
+    block
+        A block of rows.
+    gradients
+        Per-sample gradients, shape (out, M, p), regulariser included where wanted.
+    """
+
+    def __init__(self, block: Block, gradients: Tensor) -> None:
+        super().__init__(block, gradients.dtype, gradients.device)
+        self._gradients = gradients
+
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
+        gradients = self._gradients if len(rows) == self.count and _in_order(rows) else self._gradients[rows]
+        scores = gradients @ vectors[:, :, None]
+        return (gradients.mT @ scores)[:, :, 0] / gradients.shape[1]
+
+    def matrix(self, rows: Tensor) -> Tensor:
+        """Return whole sub-blocks, shape (n, p, p)."""
+        gradients = self._gradients[rows]
+        return gradients.mT @ gradients / gradients.shape[1]
+
+    def trace(self) -> Tensor:
+        """Return the trace of each sub-block, shape (count,)."""
+        return self._gradients.square().sum((1, 2)) / self._gradients.shape[1]
+
+
+class SecondMoment(BlockOperator):
+    r"""G-matrix :math:`\frac1M J^TJ` of a block, from the per-sample gradients J of its parameters.
+
+    Parameters
+    ----------
+    block
+        The block.
+    parts
+        Gradients of each of its parameters.
+    n_samples
+        M.
+    shift
+        Added to each per-sample gradient, shape (p,); ``None`` for nothing.
+    dtype, device
+        Of the vectors.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        parts: Sequence[SampleGradients],
+        n_samples: int,
+        shift: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(block, dtype, device)
+        self.n_samples, self._parts, self._shift = n_samples, parts, shift
+        self._sizes = [part.size for part in parts]
+
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
+        return self.adjoint(self.apply(vectors)) / self.n_samples
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Return J v for vectors (n, p), shape (n, M)."""
+        pieces = zip(self._parts, torch.split(vectors, self._sizes, dim=1), strict=True)
+        scores = sum_tensors(part.apply(piece) for part, piece in pieces)
+        return scores if self._shift is None else scores + (vectors @ self._shift)[:, None]
+
+    def adjoint(self, weights: Tensor) -> Tensor:
+        """Return J^T u for weights (n, M), shape (n, p)."""
+        vectors = torch.cat([part.adjoint(weights) for part in self._parts], dim=1)
+        return vectors if self._shift is None else vectors + weights.sum(1, keepdim=True) * self._shift
+
+    def gram(self) -> Tensor:
+        """Return J J^T / M, shape (M, M): it has the nonzero eigenvalues of G."""
+        gram = sum_tensors(part.gram() for part in self._parts)
+        if self._shift is not None:
+            cross = self._data_scores(self._shift)
+            gram = gram + cross[:, None] + cross[None, :] + self._shift.square().sum()
+        return gram / self.n_samples
+
+    def matrix(self, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
+        """Return whole sub-blocks, shape (n, p, p)."""
+        gradients = torch.cat([part.explicit() for part in self._parts], dim=1)
+        if self._shift is not None:
+            gradients = gradients + self._shift
+        return (gradients.T @ gradients)[None] / self.n_samples
+
+    def trace(self) -> Tensor:
+        """Return the trace of each sub-block, shape (count,)."""
+        squares = sum_tensors(part.squared_norms() for part in self._parts)
+        if self._shift is not None:
+            squares = squares + 2 * self._data_scores(self._shift) + self._shift.square().sum()
+        return squares.mean().reshape(1)
+
+    def _data_scores(self, vector: Tensor) -> Tensor:
+        pieces = zip(self._parts, torch.split(vector, self._sizes), strict=True)
+        return sum_tensors(part.apply(piece[None])[0] for part, piece in pieces)
+
+
+class StreamedSecondMoment(BlockOperator):
+    """G-matrix of a block whose per-sample gradients do not fit the memory: taken anew for each product.
+
+    Parameters
+    ----------
+    block
+        The block; of rows, or one block.
+    sampler
+        Makes the per-sample gradients chunk by chunk.
+    n_samples
+        M.
+    shift
+        Added to each per-sample gradient, shape (count, p); ``None`` for nothing.
+    dtype, device
+        Of the vectors.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        sampler: GradientSampler,
+        n_samples: int,
+        shift: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(block, dtype, device)
+        self._sampler, self._n_samples, self._shift = sampler, n_samples, shift
+
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
+        products = torch.zeros_like(vectors)
+        for gradients in self._chunks():
+            for n, row in enumerate(rows.tolist()):
+                products[n] += (gradients[:, row] @ vectors[n]) @ gradients[:, row]
+        return products / self._n_samples
+
+    def trace(self) -> Tensor:
+        """Return the trace of each sub-block, shape (count,)."""
+        trace = torch.zeros(self.count, dtype=self.dtype, device=self.device)
+        for gradients in self._chunks():
+            trace += gradients.square().sum((0, 2))
+        return trace / self._n_samples
+
+    def _chunks(self) -> Iterator[Tensor]:
+        for chunk in self._sampler.chunks(self.block.parameters):
+            flat = torch.cat([chunk[name] for name in self.block.parameters], dim=1)
+            gradients = flat.reshape(len(flat), self.count, self.size)
+            yield gradients if self._shift is None else gradients + self._shift
+
+
+def split(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Cut a flat vector into tensors of the shapes given.
+
+    Examples
+    --------
+    >>> split(torch.arange(5), [(2, 2), (1,)])
+    [tensor([[0, 1],
+            [2, 3]]), tensor([4])]
+    """
+    parts = torch.split(vector, [torch.Size(shape).numel() for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def sum_tensors(tensors: Iterable[Tensor]) -> Tensor:
+    """Add tensors of one shape.
+
+    Examples
+    --------
+    >>> sum_tensors(iter([torch.tensor(1), torch.tensor(2)]))
+    tensor(3)
+    """
+    first, *others = tensors
+    for other in others:
+        first = first + other
+    return first
+
+
+def _columns(values: Tensor, rows: Tensor) -> Tensor:
+    # Lanczos multiplies all rows at once most of the time: no gather then.
+    return values if len(rows) == values.shape[1] and _in_order(rows) else values[:, rows]
+
+
+def _in_order(rows: Tensor) -> bool:
+    return bool((rows == torch.arange(len(rows), device=rows.device)).all())

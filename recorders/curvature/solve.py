@@ -1,0 +1,253 @@
+"""Choose how to solve a block, and solve it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hild_xr.recorders.curvature.eigensolvers import (
+    Eigenpairs,
+    Which,
+    dense_eigenpairs,
+    lanczos_eigenpairs,
+    rayleigh_ritz,
+)
+from hild_xr.recorders.curvature.operators import BlockOperator, SecondMoment
+from hild_xr.recorders.curvature.spectrum import BlockSpectrum, Path
+
+_GRAM_DENSE_UP_TO = 512  # eigh of a matrix that is there anyway takes 20 ms
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """What is asked of a solve.
+
+    Parameters
+    ----------
+    k
+        Number of eigenpairs.
+    which
+        End of the spectrum.
+    tol
+        Relative residual to reach.
+    max_matvec
+        Products allowed for each sub-block of a matrix-free solve; ``None`` for the solver's default.
+    seed
+        Seed of random start vectors.
+    dense_up_to
+        Blocks of at most this size are solved as whole matrices.
+    matrix_up_to
+        Blocks of at most this size are solved as whole matrices that are returned.
+    max_bytes
+        Memory that bases or matrices of rows solved at once may take.
+    """
+
+    k: int
+    which: Which = "magnitude"
+    tol: float = 1e-3
+    max_matvec: int | None = None
+    seed: int = 0
+    dense_up_to: int = 128
+    matrix_up_to: int = 0
+    max_bytes: int = 2**30
+
+
+def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
+    """Choose how to solve a block of size p.
+
+    * ``"dense"`` if p is at most ``dense_up_to`` or ``matrix_up_to``, or if a Lanczos
+      basis of 3 k + 2 vectors would span the whole space;
+    * ``"gram"`` for a G-matrix of fewer samples than parameters, unless its smallest
+      eigenvalues (zeros) are asked for;
+    * ``"lanczos"`` otherwise.
+
+    Parameters
+    ----------
+    operator
+        The block's matrix.
+    options
+        What is asked for.
+
+    Returns
+    -------
+    str
+        The path.
+    """
+    if operator.size <= max(options.dense_up_to, options.matrix_up_to, 3 * options.k + 2):
+        return "dense"
+    if (
+        isinstance(operator, SecondMoment)
+        and operator.n_samples < operator.size
+        and options.which != "smallest"
+    ):
+        return "gram"
+    return "lanczos"
+
+
+def solve(operator: BlockOperator, options: SolveOptions) -> BlockSpectrum:
+    """Return the eigenpairs of a block.
+
+    Parameters
+    ----------
+    operator
+        The block's matrix.
+    options
+        What is asked for.
+
+    Returns
+    -------
+    BlockSpectrum
+        Of the block's batch and vector shapes.
+
+    Raises
+    ------
+    NonFiniteCurvatureError
+        If a product or an entry is NaN or infinite.
+    """
+    path = choose_path(operator, options)
+    keep = operator.size <= options.matrix_up_to
+    trace = operator.trace() if path != "dense" else None
+    matrix = None
+    if path == "dense":
+        pairs, trace, matrix = _solve_dense(operator, options, keep)
+    elif path == "gram" and isinstance(operator, SecondMoment):
+        pairs = gram_eigenpairs(operator, options)
+    else:
+        pairs = _solve_lanczos(operator, options)
+    block = operator.block
+    batch = block.batch_shape
+    if trace is None:
+        trace = torch.full((operator.count,), torch.nan, device=operator.device)
+    return BlockSpectrum(
+        block=block,
+        eigenvalues=pairs.eigenvalues.reshape(*batch, options.k),
+        residuals=pairs.residuals.reshape(*batch, options.k),
+        converged=pairs.converged.reshape(*batch, options.k),
+        n_matvec=pairs.n_matvec.reshape(batch),
+        trace=trace.to(torch.float64).reshape(batch),
+        eigenvectors=pairs.eigenvectors.reshape(*batch, options.k, *block.vector_shape),
+        matrix=None if matrix is None else matrix.reshape(*batch, operator.size, operator.size),
+        path=path,
+    )
+
+
+def gram_eigenpairs(operator: SecondMoment, options: SolveOptions) -> Eigenpairs:
+    r"""Solve :math:`\frac1M J^TJ` through the smaller :math:`K = \frac1M JJ^T`.
+
+    Both have the same nonzero eigenvalues; an eigenvector u of K lifts to
+    :math:`J^Tu`. Where G has fewer than k nonzero eigenvalues, vectors of its null
+    space complete the set. Residuals come from products with G.
+
+    Parameters
+    ----------
+    operator
+        G-matrix of M samples and p > M parameters.
+    options
+        What is asked for; ``which`` must not be ``"smallest"``.
+
+    Returns
+    -------
+    Eigenpairs
+        Of batch shape (1,).
+
+    Raises
+    ------
+    NonFiniteCurvatureError
+        If a gradient or a product is NaN or infinite.
+    """
+    gram = operator.gram()
+    name, n = operator.block.label, min(options.k, operator.n_samples)
+    if operator.n_samples <= max(_GRAM_DENSE_UP_TO, 3 * n + 2):
+        pairs = dense_eigenpairs(gram[None], n, tol=options.tol, name=name)
+    else:
+        # A product costs next to nothing, so u is taken 100 times more exactly: lifting
+        # divides its errors by the square root of lambda / lambda_max.
+        tol = max(options.tol / 100, 20 * torch.finfo(gram.dtype).eps)
+        pairs = lanczos_eigenpairs(
+            lambda vectors, _: vectors @ gram,
+            operator.n_samples,
+            n,
+            tol=tol,
+            max_matvec=options.max_matvec,
+            dtype=gram.dtype,
+            device=gram.device,
+            seed=options.seed,
+            name=name,
+        )
+    vectors = _lifted(operator, pairs, options)
+    return rayleigh_ritz(
+        vectors[None],
+        operator.product(vectors, torch.zeros(options.k, dtype=torch.int64, device=vectors.device))[None],
+        which=options.which,
+        tol=options.tol,
+        scale=torch.zeros(1, dtype=torch.float64),
+        n_matvec=pairs.n_matvec + options.k,
+        name=name,
+    )
+
+
+def _lifted(operator: SecondMoment, pairs: Eigenpairs, options: SolveOptions) -> Tensor:
+    """Return k orthonormal vectors: J^T u for nonzero eigenvalues, completed at random."""
+    eigenvalues = pairs.eigenvalues[0]
+    nonzero = eigenvalues > torch.finfo(operator.dtype).eps * eigenvalues[0].clamp(min=0)
+    lifted = operator.adjoint(pairs.eigenvectors[0][nonzero])
+    lifted = lifted / torch.linalg.vector_norm(lifted, dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(options.seed)
+    shape = (options.k - len(lifted), operator.size)
+    filling = torch.randn(shape, generator=generator, dtype=operator.dtype).to(operator.device)
+    orthonormal: Tensor = torch.linalg.qr(torch.cat([lifted, filling]).T)[0]
+    return orthonormal.T
+
+
+def _solve_dense(
+    operator: BlockOperator, options: SolveOptions, keep: bool
+) -> tuple[Eigenpairs, Tensor, Tensor | None]:
+    # The matrix, its float64 copy and the workspace of eigh.
+    chunk = max(1, options.max_bytes // (40 * operator.size**2))
+    pairs, traces, matrices = [], [], []
+    for rows in _chunks(operator, chunk):
+        matrix = operator.matrix(rows)
+        pairs.append(
+            dense_eigenpairs(
+                matrix, options.k, which=options.which, tol=options.tol, name=operator.block.label
+            )
+        )
+        traces.append(matrix.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64))
+        if keep:
+            matrices.append(matrix)
+    return _joined(pairs), torch.cat(traces), torch.cat(matrices) if keep else None
+
+
+def _solve_lanczos(operator: BlockOperator, options: SolveOptions) -> Eigenpairs:
+    bytes_per_row = 4 * (options.k + 6) * operator.size * torch.finfo(operator.dtype).bits // 8
+    chunk = max(1, options.max_bytes // bytes_per_row)
+    pairs = []
+    for rows in _chunks(operator, chunk):
+        pairs.append(
+            lanczos_eigenpairs(
+                lambda vectors, problems, rows=rows: operator.product(vectors, rows[problems]),  # type: ignore[misc]
+                operator.size,
+                options.k,
+                n_problems=len(rows),
+                which=options.which,
+                tol=options.tol,
+                max_matvec=options.max_matvec,
+                dtype=operator.dtype,
+                device=operator.device,
+                seed=options.seed,
+                name=operator.block.label,
+            )
+        )
+    return _joined(pairs)
+
+
+def _chunks(operator: BlockOperator, size: int) -> tuple[Tensor, ...]:
+    """Return the indices of the sub-blocks, at most ``size`` at a time."""
+    rows = torch.arange(operator.count, device=operator.device)
+    return tuple(rows[start : start + size] for start in range(0, operator.count, size))
+
+
+def _joined(pairs: list[Eigenpairs]) -> Eigenpairs:
+    return Eigenpairs(*(torch.cat([getattr(p, field.name) for p in pairs]) for field in fields(Eigenpairs)))

@@ -1,0 +1,55 @@
+"""The result of an eigendecomposition of a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hild_xr.recorders.curvature.blocks import Block
+
+Path = Literal["dense", "lanczos", "gram"]
+"""How a block was solved: whole matrix, products only, or the M x M Gram matrix of per-sample gradients."""
+
+
+@dataclass(frozen=True)
+class BlockSpectrum:
+    """Eigenpairs of a block of a curvature matrix, or of a batch of sub-blocks.
+
+    All tensors are detached and lie on the model's device. ``batch`` is ``(rows,)``
+    for blocks of rows and empty otherwise.
+
+    Parameters
+    ----------
+    block
+        The block.
+    eigenvalues
+        Shape (*batch, k), float64, in the order asked for.
+    residuals
+        Shape (*batch, k), float64: ``|A v - lambda v|`` divided by the largest absolute
+        eigenvalue (or Ritz value) found for the sub-block, from a real product.
+    converged
+        Shape (*batch, k), bool: whether the residual is at most the tolerance.
+    n_matvec
+        Shape (*batch,), int64: matrix-vector products spent; 0 for a dense solve.
+    trace
+        Shape (*batch,), float64: NaN where it was not computed exactly.
+    eigenvectors
+        Shape (*batch, k, *vector_shape): unit vectors on the dims of the weights; signs are arbitrary.
+    matrix
+        Shape (*batch, p, p) over the flattened vector dims, or ``None`` where not asked for.
+    path
+        How the block was solved.
+    """
+
+    block: Block
+    eigenvalues: Tensor
+    residuals: Tensor
+    converged: Tensor
+    n_matvec: Tensor
+    trace: Tensor
+    eigenvectors: Tensor
+    matrix: Tensor | None
+    path: Path

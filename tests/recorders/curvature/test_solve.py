@@ -1,0 +1,113 @@
+"""Which path solves a block, and the Gram path on planted per-sample gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hild_xr.recorders.curvature.blocks import Block
+from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
+from hild_xr.recorders.curvature.operators import RowsSecondMoment, SecondMoment
+from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients
+from hild_xr.recorders.curvature.solve import SolveOptions, choose_path, gram_eigenpairs, solve
+
+
+def gmatrix(gradients: Tensor, shift: Tensor | None = None) -> SecondMoment:
+    block = Block("fc.weight", "layer", ("fc.weight",), ((gradients.shape[1],),))
+    parts = [ExplicitGradients(gradients)]
+    return SecondMoment(block, parts, len(gradients), shift, gradients.dtype, gradients.device)
+
+
+def planted_gradients(squares: list[float], n: int, p: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return J (n, p) such that J^T J / n has these eigenvalues, and zeros."""
+    generator = torch.Generator().manual_seed(0)
+    r = len(squares)
+    left, _ = torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(p, r, generator=generator, dtype=torch.float64))
+    gradients: Tensor = (left * (n * torch.tensor(squares, dtype=torch.float64)).sqrt()) @ right.T
+    return gradients.to(dtype)
+
+
+def test_choose_path__is_the_documented_rule() -> None:
+    few, many = gmatrix(torch.randn(50, 400)), gmatrix(torch.randn(500, 400))
+    assert choose_path(few, SolveOptions(3)) == "gram"
+    assert choose_path(few, SolveOptions(3, which="smallest")) == "lanczos"
+    assert choose_path(many, SolveOptions(3)) == "lanczos"
+    assert choose_path(many, SolveOptions(3, dense_up_to=400)) == "dense"
+    assert choose_path(many, SolveOptions(3, matrix_up_to=400)) == "dense"
+    assert choose_path(many, SolveOptions(133)) == "dense"
+    assert choose_path(many, SolveOptions(132)) == "lanczos"
+
+
+@pytest.mark.parametrize("n", [60, 700])
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+def test_gram__finds_the_planted_eigenpairs_over_many_orders_of_magnitude(
+    n: int, dtype: torch.dtype, accuracy: float
+) -> None:
+    squares = [1.0, 0.5, 0.5, 1e-2, 1e-4, 1e-5]
+    gradients = planted_gradients([*squares, *[1e-7] * 20], n, 900, dtype)
+    operator = gmatrix(gradients)
+    pairs = gram_eigenpairs(operator, SolveOptions(6, tol=1e-4))
+    torch.testing.assert_close(
+        pairs.eigenvalues[0], torch.tensor(squares, dtype=torch.float64), rtol=0, atol=accuracy
+    )
+    assert bool(pairs.converged.all())
+    vectors = pairs.eigenvectors[0].double()
+    exact = gradients.double().T @ gradients.double() / n
+    residuals = (vectors @ exact - pairs.eigenvalues[0][:, None] * vectors).norm(dim=1)
+    assert bool((residuals <= pairs.residuals[0] + 1e-6).all())
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("rank", "n"), [(2, 30), (4, 4), (0, 30), (3, 700)])
+def test_gram__completes_a_low_rank_matrix_with_its_null_space(rank: int, n: int, dtype: torch.dtype) -> None:
+    squares = [float(rank - i) for i in range(rank)]
+    operator = gmatrix(planted_gradients(squares, n, 900, dtype))
+    pairs = gram_eigenpairs(operator, SolveOptions(6))
+    expected = torch.tensor(squares + [0.0] * (6 - rank), dtype=torch.float64)
+    torch.testing.assert_close(pairs.eigenvalues[0], expected, rtol=0, atol=1e-5)
+    assert bool(pairs.converged.all())
+    vectors = pairs.eigenvectors[0].double()
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_gram__of_factors_equals_that_of_explicit_gradients_with_a_shift() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(9, 10, generator=generator, dtype=torch.float64)
+    h = torch.randn(9, 20, generator=generator, dtype=torch.float64)
+    factors, shift = FactoredGradients(delta, h), torch.randn(200, generator=generator, dtype=torch.float64)
+    block = Block("fc.weight", "layer", ("fc.weight",), ((10, 20),))
+    factored = SecondMoment(block, [factors], 9, shift, torch.float64, torch.device("cpu"))
+    explicit = factors.explicit() + shift
+    expected = torch.linalg.eigvalsh(explicit @ explicit.T / 9).flip(0)
+    found = solve(factored, SolveOptions(9))
+    assert found.path == "gram"
+    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.trace, explicit.square().sum() / 9)
+    assert found.eigenvectors.shape == (9, 10, 20)
+
+
+def test_gram__raises_on_gradients_that_are_not_finite() -> None:
+    gradients = torch.randn(600, 900)
+    gradients[3, 5] = torch.nan
+    for operator in (gmatrix(gradients), gmatrix(gradients[:10])):
+        with pytest.raises(NonFiniteCurvatureError, match=r"'fc\.weight'"):
+            solve(operator, SolveOptions(2))
+
+
+@pytest.mark.parametrize("dense_up_to", [0, 100])
+@pytest.mark.parametrize("max_bytes", [1, 60_000, 2**30])
+def test_solve__does_not_depend_on_how_many_rows_are_solved_at_once(max_bytes: int, dense_up_to: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(7, 200, 40, generator=generator, dtype=torch.float64)
+    gradients *= torch.arange(1, 41) ** 1.0
+    operator = RowsSecondMoment(Block("w", "rows", ("w",), ((7, 40),)), gradients)
+    options = SolveOptions(3, tol=1e-9, dense_up_to=dense_up_to, max_bytes=max_bytes)
+    found = solve(operator, options)
+    exact = torch.linalg.eigvalsh(gradients.mT @ gradients / 200).flip(1)[:, :3]
+    assert found.path == ("dense" if dense_up_to else "lanczos")
+    torch.testing.assert_close(found.eigenvalues, exact, rtol=1e-9, atol=0)
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.trace, gradients.square().sum((1, 2)) / 200)
