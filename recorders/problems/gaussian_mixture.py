@@ -8,12 +8,13 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from scipy.integrate import quad
 from scipy.special import ndtr
 from torch import Tensor, nn
 
-from hild_xr.recorders.problems.checks import check_choice, check_integer
+from hild_xr.recorders.problems.checks import check_choice, check_integer, check_number
 from hild_xr.recorders.problems.layers import blank_linear
 from hild_xr.recorders.problems.mixture import Mixture, read_only, unit_means
 from hild_xr.recorders.problems.streams import Purpose, stream
@@ -65,7 +66,10 @@ class GaussianMixture(Mixture):
         Seed of the means: a property of the problem, shared by all runs.
     start
         ``"gaussian"``: x^c ~ N(0, I/d) independent. ``"zero"``: x = 0, where the population
-        spectra have closed forms.
+        spectra have closed forms. ``"planted"``: Gaussian, but with overlap ``warm`` of x^c with
+        its own mean and 0 with the rest of the means' span.
+    warm
+        Overlap of each x^c with its own mean at a planted start.
 
     Raises
     ------
@@ -90,13 +94,15 @@ class GaussianMixture(Mixture):
     probabilities: tuple[float, ...] | None = None
     means: Literal["orthonormal", "general"] = "orthonormal"
     means_seed: int = 0
-    start: Literal["gaussian", "zero"] = "gaussian"
+    start: Literal["gaussian", "zero", "planted"] = "gaussian"
+    warm: float = 0.3
 
     def __post_init__(self) -> None:
         check_integer("classes", self.classes, minimum=2)
         check_integer("dimension", self.dimension, minimum=self.classes)
         check_choice("means", self.means, ("orthonormal", "general"))
-        check_choice("start", self.start, ("gaussian", "zero"))
+        check_choice("start", self.start, ("gaussian", "zero", "planted"))
+        check_number("warm", self.warm, positive=True)
         self._check_mixture()
         if self.probabilities is not None:
             object.__setattr__(self, "probabilities", tuple(map(float, self.probabilities)))
@@ -110,12 +116,13 @@ class GaussianMixture(Mixture):
     def model(self, seed: int) -> SoftmaxRegression:
         """Return the network at its start; its one parameter is ``linear.weight``, of shape (k, d)."""
         model = SoftmaxRegression(self.dimension, self.classes)
+        weight = model.linear.weight
         if self.start == "zero":
-            nn.init.zeros_(model.linear.weight)
-        else:
-            nn.init.normal_(
-                model.linear.weight, std=self.dimension**-0.5, generator=stream(Purpose.START, seed)
-            )
+            nn.init.zeros_(weight)
+            return model
+        nn.init.normal_(weight, std=self.dimension**-0.5, generator=stream(Purpose.START, seed))
+        if self.start == "planted":
+            self._plant(weight.detach())
         return model
 
     def predict(self, outputs: Tensor) -> Tensor:
@@ -158,6 +165,12 @@ class GaussianMixture(Mixture):
             return float(np.exp(-z * z / 2) / np.sqrt(2 * np.pi) * ndtr(z + shift) ** (self.classes - 1))
 
         return float(quad(density, -np.inf, np.inf)[0])
+
+    def _plant(self, weight: Tensor) -> None:
+        """Replace each row's part in the span of the means by ``warm`` times its own mean, in place."""
+        span = torch.tensor(self.span, dtype=weight.dtype)
+        weight -= weight @ span.T @ span
+        weight += self.warm * self._centres32
 
     @property
     def _centre_probabilities(self) -> np.ndarray:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -90,6 +90,17 @@ def test_model__starts_from_independent_gaussians_of_variance_one_over_d() -> No
     assert [name for name, _ in problem.model(0).named_parameters()] == ["linear.weight"]
 
 
+@pytest.mark.parametrize("means", ["orthonormal", "general"])
+def test_model__planted_start_has_the_overlap_asked_for(means: Literal["orthonormal", "general"]) -> None:
+    problem = GaussianMixture(dimension=200, classes=3, means=means, start="planted", warm=0.25)
+    weight = problem.model(seed=4).linear.weight.detach().double().numpy()
+    in_span = weight @ problem.span.T @ problem.span
+    np.testing.assert_allclose(in_span, 0.25 * problem.centres, atol=1e-6)
+    gaussian = GaussianMixture(dimension=200, classes=3, means=means).model(seed=4).linear.weight.detach()
+    rest = gaussian.double().numpy()
+    np.testing.assert_allclose(weight - in_span, rest - rest @ problem.span.T @ problem.span, atol=1e-6)
+
+
 def test_model__starts_from_zero_on_request() -> None:
     problem = GaussianMixture(dimension=20, classes=3, start="zero")
     assert not problem.model(0).linear.weight.any()
@@ -176,7 +187,7 @@ def test_learning_rate__is_c_delta_over_d_and_time_counts_it() -> None:
         ({"c_delta": 0.0}, "c_delta must be a finite number above 0"),
         ({"means_seed": -1}, "means_seed must be an integer of at least 0"),
         ({"means": "random"}, "means must be one of 'orthonormal', 'general'"),
-        ({"start": "warm"}, "start must be one of 'gaussian', 'zero'"),
+        ({"start": "warm"}, "start must be one of 'gaussian', 'zero', 'planted'"),
         ({"probabilities": (0.5, 0.5)}, "probabilities must be 3 positive numbers that sum to 1"),
         ({"probabilities": (0.5, 0.5, 0.0)}, "probabilities must be 3 positive numbers that sum to 1"),
         ({"probabilities": (0.5, 0.4, 0.3)}, "probabilities must be 3 positive numbers that sum to 1"),
