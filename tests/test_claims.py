@@ -70,7 +70,7 @@ def test_as_row__fits_under_the_columns() -> None:
     ("measured", "criterion", "shown"),
     [
         (0.9661749, at_least(0.95), "0.9662"),
-        (0.949996, at_least(0.95), "0.949996"),
+        (0.9499960123, at_least(0.95), "0.949996"),
         (3.0000001, equals(3), "3.0000001"),
         (1e-300, at_most(0), "1e-300"),
         (math.inf, at_most(1), "inf"),
