@@ -104,8 +104,8 @@ def write_report(
         Figures in order.
     provenance
         What made the numbers: configuration, versions, store, command line.
-        Mappings are nested tables, other values their text; ``command_line`` is
-        a list of words.
+        Mappings are nested tables, other values their text; a list of words
+        called ``command_line`` is put together.
 
     Returns
     -------
@@ -252,15 +252,13 @@ def _as_files(figure: Figure, formats: Sequence[str]) -> dict[str, bytes]:
     return contents
 
 
-def _readable(provenance: Mapping[str, object]) -> dict[str, object]:
-    """Return the entries with names in words and the command line as it was typed."""
-    found: dict[str, object] = {}
-    for name, entry in provenance.items():
-        if name == "command_line" and isinstance(entry, Sequence) and not isinstance(entry, str):
-            found["command line"] = shlex.join(map(str, entry))
-        else:
-            found[str(name).replace("_", " ")] = entry
-    return found
+def _readable(entry: Any) -> Any:
+    """Return the entry with command lines, at any depth, as they were typed."""
+    if not isinstance(entry, Mapping):
+        return entry
+    words = entry.get("command_line")
+    typed = {} if isinstance(words, str) or not words else {"command_line": shlex.join(map(str, words))}
+    return {name: _readable(inner) for name, inner in {**entry, **typed}.items()}
 
 
 def _write_at_once(path: Path, content: bytes) -> Path:

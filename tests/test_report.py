@@ -185,6 +185,7 @@ def test_write_report__shows_provenance_with_all_it_holds(tmp_path: Path) -> Non
     provenance = {
         "command_line": ["hild-xr", "reproduce", "kgmm", "--out", "my runs"],
         "versions": {"numpy": "2.4.6", "torch": "2.13.0+cpu"},
+        "digits_softmax.zarr": {"command_line": ["hild-xr", "a b"]},
         "config": {"dimension": 200, "schedule": {"kind": "log_then_linear"}, "beta": None},
         "git_commit": "0123abc",
         "seeds": [0, 1, 2],
@@ -192,23 +193,13 @@ def test_write_report__shows_provenance_with_all_it_holds(tmp_path: Path) -> Non
     }
     page = Page(write_report(tmp_path / "report.html", **arguments(claims=[], provenance=provenance)))
     assert page.inside("th") == [
-        *("command line", "versions", "numpy", "torch", "config", "dimension", "schedule", "kind", "beta"),
-        *("git commit", "seeds", "store"),
+        *("command_line", "versions", "numpy", "torch", "digits_softmax.zarr", "command_line"),
+        *("config", "dimension", "schedule", "kind", "beta", "git_commit", "seeds", "store"),
     ]
     assert page.inside("code") == [
         "hild-xr reproduce kgmm --out 'my runs'",
-        *(
-            "2.4.6",
-            "2.13.0+cpu",
-            "200",
-            "log_then_linear",
-            "None",
-            "0123abc",
-            "0",
-            "1",
-            "2",
-            "runs/kgmm.zarr",
-        ),
+        *("2.4.6", "2.13.0+cpu", "hild-xr 'a b'"),
+        *("200", "log_then_linear", "None", "0123abc", "0", "1", "2", "runs/kgmm.zarr"),
     ]
 
 

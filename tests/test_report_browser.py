@@ -78,7 +78,7 @@ def every_kind_of_figure() -> tuple[list[Figure], list[int]]:
     )
     rho = over_seeds(0.9 * growth * seeds / 1.1, "alignment")
     counts = over_seeds(np.where(steps > 5, 2, 0) * np.ones((3, 1), dtype=int), "outlier_count")
-    overlap = (eigenvalues / eigenvalues.max()).isel(seed=0).assign_attrs(long_name="overlap")
+    overlap = (eigenvalues / eigenvalues.max()).isel(seed=0)
     angles = xr.DataArray(
         np.abs(growth[:, None] - growth), dims=("step", "step_"), coords={"step": steps, "step_": steps}
     ).assign_attrs(attrs("principal_angles"))
@@ -155,7 +155,7 @@ def open_page(chromium_path: str, tmp_path_factory: pytest.TempPathFactory) -> I
             )
             try:
                 visit = Visit(context.new_page())
-                visit.page.set_default_timeout(30_000)
+                visit.page.set_default_timeout(60_000)
                 context.on("request", lambda request: visit.requests.append(request.url))
                 visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
                 visit.page.on("dialog", lambda dialog: visit.complaints.append(dialog.message))

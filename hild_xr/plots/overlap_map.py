@@ -8,7 +8,7 @@ import holoviews as hv
 import numpy as np
 
 from hild_xr.plots.arguments import loaded, require_within
-from hild_xr.plots.axes import HorizontalAxis, decades_axis, horizontal_axis, label_of
+from hild_xr.plots.axes import HorizontalAxis, decades_axis, horizontal_axis
 from hild_xr.plots.heat_map import heat_map, pixel_axis
 from hild_xr.variables import DIM_EIG, DIM_STEP
 
@@ -60,6 +60,5 @@ def overlap_map(
     across = decades_axis(horizontal_axis(found, x, log=log_x))
     first_is_one = np.arange(1.0, found.sizes[DIM_EIG] + 1)
     down = HorizontalAxis(hv.Dimension(DIM_EIG, label="eigenvector (1: leading)"), first_is_one)
-    name = label_of(found) if "long_name" in found.attrs else "overlap"
-    value = hv.Dimension("overlap", label=f"|{name}|", range=(0, 1))
+    value = hv.Dimension("overlap", label="|overlap|", range=(0, 1))
     return heat_map(pixel_axis(across), pixel_axis(down), np.abs(found.values), value, label=label)

@@ -22,6 +22,7 @@ from hild_xr.plots.palette import (
     ticks_of_eigenpairs,
     title_of,
 )
+from hild_xr.plots.spectrum import BULK
 from hild_xr.variables import DIM_EIG, DIM_STEP
 
 BACKEND = "bokeh"
@@ -139,7 +140,10 @@ def _legend(plot: hv.Overlay, position: str) -> dict[str, Any]:
 def _series(element: hv.Element, look: Look) -> hv.Element:
     """Give one curve, area or set of points its look."""
     if isinstance(element, hv.Area):
-        return element.opts(color=look.colour, alpha=0.25, line_alpha=0, muted_alpha=0.05, **_COPY)
+        # a bulk of which little is recorded is a thin band, or none: its outline keeps it in sight
+        outline = {"line_color": look.colour, "line_alpha": 0.8 if element.group == BULK else 0}
+        fill = {"fill_color": look.colour, "fill_alpha": 0.25, "muted_alpha": 0.05}
+        return element.opts(**fill, **outline, **_COPY)
     hover = [("", "$label"), *(dimension.label for dimension in element.dimensions())]
     shared = {"color": look.colour, "muted_alpha": 0.1, "tools": ["hover"], "hover_tooltips": hover}
     if isinstance(element, hv.Scatter):

@@ -10,6 +10,7 @@ from typing import Any
 import holoviews as hv
 import holoviews.plotting.mpl  # options can be set only for a backend that is loaded
 import matplotlib as mpl
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -25,6 +26,7 @@ from hild_xr.plots.palette import (
     title_of,
 )
 from hild_xr.plots.series import RANGE
+from hild_xr.plots.spectrum import BULK
 from hild_xr.variables import DIM_EIG
 
 BACKEND = "matplotlib"
@@ -158,7 +160,9 @@ def _series(element: hv.Element, look: Look) -> hv.Element:
     # an overlay takes its grid from its elements, and only from them
     options: dict[str, Any] = {"show_grid": True}
     if isinstance(element, hv.Area):
-        options |= {"facecolor": look.colour, "edgecolor": "none", "alpha": 0.25}
+        # a bulk of which little is recorded is a thin band, or none: its outline keeps it in sight
+        edge = to_rgba(look.colour, 0.8) if element.group == BULK else "none"
+        options |= {"facecolor": to_rgba(look.colour, 0.25), "edgecolor": edge, "linewidth": 0.8}
         options["show_legend"] = element.group != RANGE  # a band around a line is named by the line
     elif isinstance(element, hv.Scatter):
         options |= {"color": look.colour, "s": 14}

@@ -181,10 +181,10 @@ class _ProbeWriter:
     ) -> None:
         self._name, self._plan, self._row, self._where = name, plan, row, where
         self._index = {step: i for i, step in enumerate(plan.steps)}
-        self._marker = zarr_array(group, "committed")
+        self._marker = _complete(zarr_array(group, "committed"))
         self._committed: NDArray[np.uint16] = np.asarray(self._marker[row])
         self._buffers = {
-            (node, array): _Buffer(zarr_array(group, _place((node, array))), planned, row)
+            (node, array): _Buffer(_complete(zarr_array(group, _place((node, array)))), planned, row)
             for node, array, planned in plan.arrays()
         }
         self._pending: list[int] = []
@@ -316,6 +316,14 @@ class _Buffer:
     def _begin(self, block: int) -> None:
         self._block = block
         self._values = np.full((self._length, *self._shape), self._fill, dtype=self._dtype)
+
+
+def _complete(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Write chunks that hold nothing but the fill value too.
+
+    zarr leaves them out by default, and then a record of NaN could not be told from a chunk that was lost.
+    """
+    return array.with_config({"write_empty_chunks": True})
 
 
 def _place(key: tuple[str, str]) -> str:

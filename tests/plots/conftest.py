@@ -87,8 +87,7 @@ def overlap(labelled: Labelled) -> xr.DataArray:
     m = 1 - np.exp(-TIME)
     signs = np.where(STEPS % 3 == 0, -1, 1)
     values = np.stack([0.9 * m * signs, *([0.05 * (1 + m)] * (EIGENVALUES - 1))], axis=1)
-    found = labelled(values, ("step", "eig"), "alignment")
-    return found.assign_attrs(long_name="overlap")
+    return labelled(values, ("step", "eig"), "alignment")
 
 
 @pytest.fixture(scope="session")

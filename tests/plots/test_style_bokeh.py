@@ -65,6 +65,12 @@ def test_style__draws_gaps_in_lines_and_bands(eigenvalues: xr.DataArray) -> None
         assert 20 not in column(band, "x")
 
 
+def test_style__a_bulk_of_one_recorded_eigenvalue_is_seen(eigenvalues: xr.DataArray) -> None:
+    (figure,) = draw(plots.spectrum(eigenvalues.isel(seed=0, eig=slice(3)), 2))
+    (bulk,) = glyphs(figure, Patch)
+    assert bulk.glyph.line_alpha > 0.5
+
+
 def test_style__draws_records_that_stand_alone(eigenvalues: xr.DataArray) -> None:
     alone = eigenvalues.isel(seed=0, eig=[0]).where(eigenvalues.step == 20)
     (figure,) = draw(plots.spectrum(alone))

@@ -130,6 +130,13 @@ def test_style__band_and_line_have_the_same_colour(drawn: Drawn) -> None:
     assert len(set(lines)) == len(lines)
 
 
+def test_style__a_bulk_of_one_recorded_eigenvalue_is_seen(eigenvalues: xr.DataArray) -> None:
+    (axes,) = frames(draw(plots.spectrum(eigenvalues.isel(seed=0, eig=slice(3)), 2)))
+    (bulk,) = axes.collections
+    assert np.asarray(bulk.get_edgecolor())[0, 3] > 0.5
+    assert bulk.get_linewidth()[0] > 0
+
+
 def test_style__grid_lies_behind_the_data(drawn: Drawn) -> None:
     for axes in frames(drawn("counts")):
         assert axes.xaxis.get_gridlines()[0].get_visible()

@@ -272,3 +272,17 @@ def test_part_filled_chunk__is_written_whole(tmp_path: Path) -> None:
     assert isinstance(raw, zarr.Array)
     assert np.isnan(np.asarray(raw[0, 3:])).all()
     assert raw.nchunks_initialized == 1
+
+
+def test_record_of_nothing_but_fill_values__is_written_all_the_same() -> None:
+    plan, store = spectrum_plan(steps=(0,), seeds=(0,)), MemoryStore()
+    nothing: dict[str, dict[str, np.ndarray]] = {"": {}, "fc.weight": {}}
+    for node, name, array in plan.probes["hessian"].arrays():
+        nothing[node][name] = array.missing()
+    with RunWriter(store, plan, 0) as writer:
+        writer.write("hessian", 0, nothing)
+    root = zarr.open_group(store, mode="r")
+    for name in ("eigenvalues", "converged", "n_matvec", "fc.weight/eigenvectors", "committed"):
+        stored = root[f"hessian/{name}"]
+        assert isinstance(stored, zarr.Array)
+        assert stored.nchunks_initialized == 1, name

@@ -241,6 +241,28 @@ def test_lanczos__restarts_within_a_small_basis() -> None:
     assert int(small.n_matvec) >= int(large.n_matvec)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tol", [1e-3, 1e-5])
+def test_lanczos__keeps_its_basis_orthogonal_over_many_restarts(dtype: torch.dtype, tol: float) -> None:
+    # Sample covariances: some outliers, and pairs asked for deep inside a bulk without gaps.
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(3, 800, 200, generator=generator, dtype=torch.float64)
+    samples[..., :4] *= 3
+    matrices = (samples.mT @ samples / 800).to(dtype)
+
+    def multiply(vectors: Tensor, problems: Tensor) -> Tensor:
+        return (matrices[problems] @ vectors[:, :, None])[:, :, 0]
+
+    pairs = lanczos_eigenpairs(multiply, 200, 10, n_problems=3, tol=tol, dtype=dtype, max_matvec=2000)
+    assert bool(pairs.converged.all())
+    assert int(pairs.n_matvec.min()) > 60  # a basis holds 32
+    exact = torch.linalg.eigvalsh(matrices.double()).flip(1)[:, :10]
+    torch.testing.assert_close(pairs.eigenvalues, exact, rtol=0, atol=20 * tol)
+    for i in range(3):
+        alone = Eigenpairs(*(getattr(pairs, name)[i : i + 1] for name in Eigenpairs.__dataclass_fields__))
+        check_honest(alone, matrices[i], tol)
+
+
 def test_lanczos__stops_at_its_budget_and_says_so() -> None:
     matrix = torch.diag(torch.arange(500, dtype=torch.float64))
     pairs = lanczos_eigenpairs(product(matrix), 500, 4, tol=1e-10, max_matvec=15, dtype=torch.float64)
