@@ -40,6 +40,7 @@ NEEDS = {
         "hild_xr/dashboard.py",
         "tests/plots",
         "tests/test_report.py",
+        "tests/test_report_browser.py",
         "tests/test_dashboard.py",
     ),
     "build": ("tests/test_packaging.py",),
