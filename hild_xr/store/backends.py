@@ -108,3 +108,11 @@ def zarr_group(group: zarr.Group, path: str) -> zarr.Group:
     if not isinstance(found, zarr.Group):
         raise TypeError(f"{group.path}/{path} is an array, not a group")
     return found
+
+
+def written_whole(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Return the array such that chunks holding nothing but the fill value are written too.
+
+    zarr leaves them out by default, and then a record of NaN could not be told from a chunk that was lost.
+    """
+    return array.with_config({"write_empty_chunks": True})

@@ -17,7 +17,7 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
 from hild_xr.plan import OWN_NODE, ArrayPlan, CoordPlan, NodePlan, ProbePlan, RunPlan, full_dims
-from hild_xr.store.backends import Location, StoreLike, locate
+from hild_xr.store.backends import Location, StoreLike, locate, written_whole
 from hild_xr.store.errors import NotAStoreError, PlanMismatchError
 from hild_xr.variables import DIM_SEED, DIM_STEP, DIMS, attrs
 
@@ -219,7 +219,7 @@ def _write_coord(group: zarr.Group, coord: CoordPlan, name: str | None = None) -
         dimension_names=(coord.dim,),
         attributes=_json(described),
     )
-    array[:] = values
+    written_whole(array)[:] = values
 
 
 def _json(attributes: Mapping[str, object]) -> dict[str, Any]:

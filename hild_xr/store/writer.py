@@ -12,7 +12,7 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from hild_xr.plan import ArrayPlan, ProbePlan, RunPlan
-from hild_xr.store.backends import Location, StoreLike, zarr_array, zarr_group
+from hild_xr.store.backends import Location, StoreLike, written_whole, zarr_array, zarr_group
 from hild_xr.store.create import create
 from hild_xr.store.errors import RecordsExistError, StoreWriteError
 from hild_xr.store.lease import Lease
@@ -181,10 +181,10 @@ class _ProbeWriter:
     ) -> None:
         self._name, self._plan, self._row, self._where = name, plan, row, where
         self._index = {step: i for i, step in enumerate(plan.steps)}
-        self._marker = _complete(zarr_array(group, "committed"))
+        self._marker = written_whole(zarr_array(group, "committed"))
         self._committed: NDArray[np.uint16] = np.asarray(self._marker[row])
         self._buffers = {
-            (node, array): _Buffer(_complete(zarr_array(group, _place((node, array)))), planned, row)
+            (node, array): _Buffer(written_whole(zarr_array(group, _place((node, array)))), planned, row)
             for node, array, planned in plan.arrays()
         }
         self._pending: list[int] = []
@@ -203,9 +203,9 @@ class _ProbeWriter:
         """Withdraw the records after ``keep_until`` in one write and reload the block it lies in."""
         self._attempt = attempt
         keep = int(np.searchsorted(self._plan.steps, keep_until, side="right"))
-        if self._committed[keep:].any():
-            self._committed[keep:] = 0
-            self._marker[self._row] = self._committed
+        self._committed[keep:] = 0
+        # Also for a new seed: from here on a marker that is missing was lost, not never written.
+        self._marker[self._row] = self._committed
         if keep and self._plan.steps[keep - 1] == keep_until and not self._committed[keep - 1]:
             keep -= 1  # the training state of this record is at hand again: it can be made now
         self._next = keep
@@ -316,14 +316,6 @@ class _Buffer:
     def _begin(self, block: int) -> None:
         self._block = block
         self._values = np.full((self._length, *self._shape), self._fill, dtype=self._dtype)
-
-
-def _complete(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """Write chunks that hold nothing but the fill value too.
-
-    zarr leaves them out by default, and then a record of NaN could not be told from a chunk that was lost.
-    """
-    return array.with_config({"write_empty_chunks": True})
 
 
 def _place(key: tuple[str, str]) -> str:

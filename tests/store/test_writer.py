@@ -286,3 +286,13 @@ def test_record_of_nothing_but_fill_values__is_written_all_the_same() -> None:
         stored = root[f"hessian/{name}"]
         assert isinstance(stored, zarr.Array)
         assert stored.nchunks_initialized == 1, name
+
+
+def test_marker__is_there_before_the_first_record() -> None:
+    plan, store = spectrum_plan(seeds=(0, 1)), MemoryStore()
+    writer = RunWriter(store, plan, 0)
+    marker = zarr.open_group(store, mode="r")["hessian/committed"]
+    assert isinstance(marker, zarr.Array)
+    assert marker.nchunks_initialized == 1
+    assert not np.asarray(marker[:]).any()
+    writer.close()
