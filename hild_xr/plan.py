@@ -138,6 +138,14 @@ class ProbePlan(_Frozen):
         broken = [name for name in self.nodes if "/" in name]
         if broken:
             raise ValueError(f"a layer name becomes a folder and cannot hold '/': {broken[0]!r}")
+        folded: dict[str, str] = {}
+        for name in self.nodes:
+            if folded.setdefault(name.casefold(), name) != name:
+                raise ValueError(
+                    f"layers {folded[name.casefold()]!r} and {name!r} differ only in upper and lower case, "
+                    "and not every file system keeps them apart: record them by two probes, with "
+                    "layers=[...] and group=..."
+                )
         own = self.nodes.get(OWN_NODE, NodePlan())
         taken = (self.nodes.keys() - {OWN_NODE}) & {*own.arrays, *own.coords, "committed", DIM_SEED, DIM_STEP}
         if taken:

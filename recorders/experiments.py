@@ -122,7 +122,8 @@ def _record_seed(
         seed=seed,
         seeds=seeds,
         config=experiment.config,
-        resume=True,  # training is deterministic, so what an interrupted attempt left is made anew
+        resume=True,
+        start_step=0,  # training is deterministic, so what an interrupted attempt left is made anew
         progress=False,
     ):
         problem.train(model, optimizer, steps=experiment.steps, seed=seed, progress=progress)

@@ -308,9 +308,10 @@ def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    # Tensors made under torch.inference_mode cannot be saved for a backward pass; their clones can.
+    # A copy: the data are fixed, whatever the caller's buffers hold later. And tensors made under
+    # torch.inference_mode cannot be saved for a backward pass; their clones can.
     with torch.inference_mode(False):
-        return tensor.clone() if tensor.is_inference() else tensor.detach()
+        return tensor.detach().clone()
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pydantic import JsonValue
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from hild_xr.plan import NodePlan, ProbePlan, RunPlan
 from hild_xr.provenance import provenance
 from hild_xr.recorders.curvature import NonFiniteCurvatureError
+from hild_xr.recorders.curvature.isolation import unwrapped
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot
 from hild_xr.recorders.schedule import Schedule
@@ -81,8 +82,8 @@ class Recorder:
     resume
         Go on with a seed that has records, from a checkpoint.
     start_step
-        Number of optimizer steps that the model has behind it. With
-        ``resume=True`` the records after it are withdrawn.
+        Number of optimizer steps that the model has behind it, 0 by default. With
+        ``resume=True`` it must be given: the records after it are withdrawn.
     progress
         Show a progress bar over the records; by default if stderr is a terminal.
 
@@ -138,22 +139,33 @@ class Recorder:
         seeds: Iterable[int] | None = None,
         config: Mapping[str, JsonValue] | None = None,
         resume: bool = False,
-        start_step: int = 0,
+        start_step: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        if start_step < 0:
+        if resume and start_step is None:
+            raise ValueError(
+                "resume=True needs start_step=<steps behind the checkpoint>; the records after it are "
+                "withdrawn"
+            )
+        if start_step is not None and start_step < 0:
             raise ValueError(f"start_step counts optimizer steps from 0; got {start_step}")
-        self._path, self._model, self._optimizer, self._objective = path, model, optimizer, objective
+        if int(seed) != seed:
+            raise ValueError(f"seed must be a whole number; got {seed!r}")
+        self._path, self._optimizer, self._objective = path, optimizer, objective
+        # The module inside torch.compile and data-parallel wrappers: names as the user wrote them.
+        self._model = unwrapped(model)
         self._probes = list(probes)
         self._schedule = schedule
         self._seed = int(seed)
         self._seeds = (self._seed,) if seeds is None else tuple(int(s) for s in seeds)
         self._config = dict(config or {})
-        self._resume, self._start_step = resume, start_step
+        self._resume, self._start_step = resume, start_step or 0
         self._show_progress = sys.stderr.isatty() if progress is None else progress
-        self._warned = False
+        self._warned = self._entered = False
         self._writer: RunWriter | None = None
-        self.current_step = start_step
+        self._hook: Any = None
+        self._bar: tqdm[NoReturn] | None = None
+        self.current_step = self._start_step
 
     def plan(self) -> RunPlan:
         """Plan the store: every probe looks at the model and the objective once."""
@@ -178,6 +190,9 @@ class Recorder:
         return Estimate(sum(len(probe.steps) for probe in plan.probes.values()), plan.nbytes)
 
     def __enter__(self) -> Recorder:
+        if self._entered:
+            raise RuntimeError("a recorder records one stretch of training: make a new Recorder for the next")
+        self._entered = True
         plan = self.plan()
         device = next((str(p.device) for p in self._model.parameters()), "cpu")
         self._writer = RunWriter(
@@ -187,12 +202,12 @@ class Recorder:
             resume_at=self._start_step if self._resume else None,
             root_attrs={"provenance": provenance(device=device)},
         )
-        self._hook: Any = None
         try:
             self._start(plan)
         except BaseException:
             self._detach()
             self._writer.abandon()
+            self._writer = None
             raise
         return self
 
@@ -200,8 +215,9 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._detach()
+        writer, self._writer = self._live_writer(), None
         # Also when training failed: what is complete is kept.
-        self._live_writer().close()
+        writer.close()
 
     def step(self) -> None:
         """Count one optimizer step and record if it is scheduled.
@@ -241,7 +257,7 @@ class Recorder:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if hasattr(self, "_bar"):
+        if self._bar is not None:
             self._bar.close()
 
     def _live_writer(self) -> RunWriter:
@@ -262,7 +278,8 @@ class Recorder:
         with Snapshot(self._model, self._optimizer, self._objective, step) as snapshot:
             for probe in due:
                 writer.write(probe.group, step, self._measure(probe, snapshot))
-                self._bar.update()
+                if self._bar is not None:
+                    self._bar.update()
 
     def _measure(self, probe: Probe, snapshot: Snapshot) -> Record:
         try:

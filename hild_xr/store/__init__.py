@@ -7,6 +7,7 @@ seed, ``open_run`` shows what is committed. Nothing here knows torch.
 from hild_xr.store.backends import StoreLike
 from hild_xr.store.create import create, stored_plan
 from hild_xr.store.errors import (
+    MissingRecordsWarning,
     NotAStoreError,
     PlanMismatchError,
     RecordsExistError,
@@ -18,6 +19,7 @@ from hild_xr.store.reader import open_run, recorded_seeds
 from hild_xr.store.writer import Record, RunWriter
 
 __all__ = [
+    "MissingRecordsWarning",
     "NotAStoreError",
     "PlanMismatchError",
     "Record",

@@ -74,7 +74,8 @@ def locate(target: StoreLike, *, read_only: bool = False) -> Location:
         raise ValueError(
             f"{text!r} is a URL; pass a zarr store instead, e.g. zarr.storage.FsspecStore.from_url({text!r})"
         )
-    path = Path(text).expanduser()
+    # absolute: the process may change its folder while it records
+    path = Path(text).expanduser().absolute()
     return Location(LocalStore(path, read_only=read_only), path)
 
 

@@ -39,3 +39,7 @@ class WriterBusyError(StoreError):
 
 class StoreWriteError(StoreError):
     """A flush failed; what was committed before is untouched."""
+
+
+class MissingRecordsWarning(UserWarning):
+    """A seed goes on from a checkpoint before which records were lost; they stay NaN in the data."""

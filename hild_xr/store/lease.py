@@ -45,7 +45,9 @@ class Lease:
     """
 
     def __init__(self, path: Path, seed: int) -> None:
-        folder = path.absolute().with_name(f".{path.name}.writers")
+        # resolved: a store is one store by whatever link it is reached
+        path = path.resolve()
+        folder = path.with_name(f".{path.name}.writers")
         folder.mkdir(parents=True, exist_ok=True)
         self._holder = folder / f"seed-{seed}.json"
         self._lock = FileLock(folder / f"seed-{seed}.lock", timeout=0)

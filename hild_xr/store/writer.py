@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
+from zarr.core.sync import sync
 
 from hild_xr.plan import ArrayPlan, ProbePlan, RunPlan
 from hild_xr.store.backends import Location, StoreLike, written_whole, zarr_array, zarr_group
 from hild_xr.store.create import create
-from hild_xr.store.errors import RecordsExistError, StoreWriteError
+from hild_xr.store.errors import MissingRecordsWarning, RecordsExistError, StoreWriteError
 from hild_xr.store.lease import Lease
 
 Record = Mapping[str, Mapping[str, ArrayLike]]
@@ -208,6 +210,14 @@ class _ProbeWriter:
         self._marker[self._row] = self._committed
         if keep and self._plan.steps[keep - 1] == keep_until and not self._committed[keep - 1]:
             keep -= 1  # the training state of this record is at hand again: it can be made now
+        lost = int((self._committed[:keep] == 0).sum())
+        if lost:
+            warnings.warn(
+                f"probe {self._name!r}: {lost} of the {keep} records planned before the checkpoint are not "
+                f"in {self._where} and stay missing; call recorder.flush() with each checkpoint",
+                MissingRecordsWarning,
+                stacklevel=2,
+            )
         self._next = keep
         for buffer in self._buffers.values():
             buffer.reload(keep)
@@ -239,6 +249,9 @@ class _ProbeWriter:
         if not self._pending:
             return
         try:
+            if not sync(self._marker.store.exists(f"{self._marker.path}/zarr.json")):
+                # zarr would write chunks into nowhere, which nothing could read
+                raise FileNotFoundError("the store is gone: it was deleted or moved while it was written")
             for buffer in self._buffers.values():
                 buffer.flush()
             marked = self._committed.copy()

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
@@ -148,17 +148,25 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored_buffers(model: nn.Module) -> Iterator[None]:
-    saved: list[tuple[nn.Module, str, Tensor, Tensor]] = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+    # The whole dict: a buffer may be None until, or registered at, the first forward pass.
+    dicts = [
+        (module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()
+    ]
+    saved = [
+        (buffer, buffer.detach().clone())
+        for _, buffers, _ in dicts
+        for buffer in buffers.values()
+        if buffer is not None
     ]
     try:
         yield
     finally:
+        for module, buffers, non_persistent in dicts:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set = non_persistent
         with torch.no_grad():
-            for module, name, buffer, copy in saved:
-                module._buffers[name] = buffer
+            for buffer, copy in saved:
                 # A needless copy would move the version counter and break a graph that saved the
                 # buffer; the counter itself does not tell, since BatchNorm does not move it.
                 if not torch.equal(buffer, copy):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hild_xr.plan import OWN_NODE, ArrayPlan, NodePlan
 from hild_xr.recorders.curvature.functional import FunctionalModel
@@ -25,7 +27,8 @@ class Metrics(Probe):
     data, eval mode), ``test_loss`` and ``test_accuracy`` of ``test``, and
     ``learning_rate`` of the optimizer; what is not there is left out. Accuracy
     is recorded for classification: integer targets with a column of outputs a
-    class, or targets 0 and 1 with one logit.
+    class, or torch's binary cross-entropy, of logits or of probabilities, with
+    targets 0 and 1.
 
     Parameters
     ----------
@@ -111,19 +114,35 @@ class Metrics(Probe):
             outputs = data.outputs(model)
         except TypeError:
             return None  # the model returns something else than one tensor; the loss alone is recorded
-        return _accuracy_rule(outputs, data.targets)
+        return _accuracy_rule(data, outputs)
 
 
 def _loss_name(prefix: str) -> str:
     return f"{prefix or 'train_'}loss"
 
 
-def _accuracy_rule(outputs: torch.Tensor, targets: torch.Tensor) -> AccuracyRule | None:
+def _accuracy_rule(data: Objective, outputs: torch.Tensor) -> AccuracyRule | None:
     """Return the rule for classification, None where the data are of another kind."""
+    targets = data.targets
     integer = not targets.is_floating_point() and not targets.is_complex()
     if integer and targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] > 1:
         return lambda out, target: (out.argmax(1) == target).double().mean().item()
-    binary = bool(((targets == 0) | (targets == 1)).all())
-    if binary and outputs.numel() == targets.numel():
-        return lambda out, target: ((out.reshape(-1) > 0) == (target.reshape(-1) > 0)).double().mean().item()
+    boundary = _binary_boundary(data.loss)
+    if (
+        boundary is not None
+        and outputs.shape == targets.shape
+        and bool(((targets == 0) | (targets == 1)).all())
+    ):
+        return lambda out, target: ((out > boundary) == (target > 0.5)).double().mean().item()
+    return None
+
+
+def _binary_boundary(loss: object) -> float | None:
+    """Output at which a binary loss changes its mind: 0 for logits, 1/2 for probabilities."""
+    if isinstance(loss, functools.partial):
+        loss = loss.func
+    if loss is F.binary_cross_entropy_with_logits or isinstance(loss, nn.BCEWithLogitsLoss):
+        return 0.0
+    if loss is F.binary_cross_entropy or isinstance(loss, nn.BCELoss):
+        return 0.5
     return None

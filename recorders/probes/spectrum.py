@@ -23,13 +23,6 @@ Which = Literal["magnitude", "largest", "smallest"]
 
 _SCALARS = ("n_matvec", "trace")
 _PER_PAIR = ("eigenvalues", "residuals", "converged")
-_DTYPES = {
-    "eigenvalues": "float64",
-    "residuals": "float64",
-    "converged": "bool",
-    "n_matvec": "int32",
-    "trace": "float64",
-}
 
 
 class _Spectrum(Probe):
@@ -76,56 +69,72 @@ class _Spectrum(Probe):
         self._blocks = resolve_blocks(model, self.blocks, self.layers)
         check_k(self._blocks, self.k)
         eig = CoordPlan(dim=DIM_EIG, values=tuple(range(self.k)))
-        nodes = {block.label: self._node(model, block) for block in self._blocks}
+        self._nodes = nodes = {block.label: self._node(model, block) for block in self._blocks}
         if self.blocks == "rows":
             return {OWN_NODE: NodePlan(coords={DIM_EIG: eig}), **nodes}
         labels = tuple(block.label for block in self._blocks)
         own = NodePlan(
-            arrays=self._numbers((DIM_LAYER,), (len(labels),)),
+            arrays=self._numbers((DIM_LAYER,), (len(labels),), _precision(model, self._blocks)),
             coords={DIM_LAYER: CoordPlan(dim=DIM_LAYER, values=labels), DIM_EIG: eig},
         )
         return {OWN_NODE: own, **nodes}
 
     def record(self, snapshot: Snapshot) -> NodeValues:
-        """Solve all blocks."""
-        spectra = snapshot.curvature.eigenpairs(
+        """Solve all blocks; one whose parameters were frozen or unfrozen since planning is missing."""
+        spectra = self._solve(
+            snapshot, [block for block in self._blocks if _as_planned(snapshot.model, block)]
+        )
+        nodes: dict[str, dict[str, ArrayLike]] = {}
+        numbers: list[dict[str, ArrayLike]] = []
+        for block in self._blocks:
+            found = spectra.get(block.label)
+            missing = _missing(self._nodes[block.label].arrays)
+            nodes[block.label] = missing if found is None else _tensors(found)
+            if self.blocks == "rows" and found is not None:
+                nodes[block.label] |= _numbers(found)
+            alone = _missing(self._numbers((), (), "float64"))
+            numbers.append(alone if found is None else _numbers(found))
+        if self.blocks == "rows":
+            return {OWN_NODE: {}, **nodes}
+        own: Mapping[str, ArrayLike] = {name: np.stack([n[name] for n in numbers]) for name in numbers[0]}
+        return {OWN_NODE: own, **nodes}
+
+    def _solve(self, snapshot: Snapshot, blocks: Sequence[Block]) -> dict[str, BlockSpectrum]:
+        if not blocks:
+            return {}
+        return snapshot.curvature.eigenpairs(
             self.k,
             matrix=self.matrix,
             blocks=self.blocks,
-            layers=self.layers,
+            layers=None if self.blocks == "model" else [block.label for block in blocks],
             which=self.which,
             tol=self.tol,
             max_matvec=self.max_matvec,
             matrix_up_to=self.matrix_up_to,
             **self._solver_options(),
         )
-        nodes: dict[str, dict[str, ArrayLike]] = {label: _tensors(found) for label, found in spectra.items()}
-        if self.blocks == "rows":
-            for label, found in spectra.items():
-                nodes[label].update(_numbers(found))
-            return {OWN_NODE: {}, **nodes}
-        per_block = [_numbers(spectra[block.label]) for block in self._blocks]
-        own: Mapping[str, ArrayLike] = {name: np.stack([n[name] for n in per_block]) for name in per_block[0]}
-        return {OWN_NODE: own, **nodes}
 
     def _solver_options(self) -> dict[str, bool]:
         return {}
 
-    def _numbers(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, ArrayPlan]:
-        pairs = {
-            name: ArrayPlan(variable=name, dims=(*dims, DIM_EIG), shape=(*shape, self.k), dtype=_DTYPES[name])
-            for name in _PER_PAIR
+    def _numbers(self, dims: tuple[str, ...], shape: tuple[int, ...], precision: str) -> dict[str, ArrayPlan]:
+        """Plan what is a number a pair or a block; floats in the precision that they were computed in."""
+        dtypes = dict.fromkeys((*_PER_PAIR, *_SCALARS), precision) | {
+            "converged": "bool",
+            "n_matvec": "int32",
         }
-        scalars = {
-            name: ArrayPlan(variable=name, dims=dims, shape=shape, dtype=_DTYPES[name]) for name in _SCALARS
+        per_pair = dict.fromkeys(_PER_PAIR, ((*dims, DIM_EIG), (*shape, self.k)))
+        per_block = dict.fromkeys(_SCALARS, (dims, shape))
+        return {
+            name: ArrayPlan(variable=name, dims=all_dims, shape=extent, dtype=dtypes[name])
+            for name, (all_dims, extent) in (per_pair | per_block).items()
         }
-        return pairs | scalars
 
     def _node(self, model: nn.Module, block: Block) -> NodePlan:
         batch_dims, vector_dims = _block_dims(model, block, self.blocks)
-        dtype = numpy_dtype(dict(model.named_parameters())[block.parameters[0]])
+        dtype = _precision(model, [block])
         batch = block.batch_shape
-        arrays = self._numbers(batch_dims, batch) if batch_dims else {}
+        arrays = self._numbers(batch_dims, batch, dtype) if batch_dims else {}
         arrays["eigenvectors"] = ArrayPlan(
             variable="eigenvectors",
             dims=(*batch_dims, DIM_EIG, *vector_dims),
@@ -266,6 +275,23 @@ def _block_dims(model: nn.Module, block: Block, blocks: BlockKind) -> tuple[tupl
         return (), (DIM_PARAM,)
     dims = layer_dims(model)[block.label]
     return (dims[:1], dims[1:]) if blocks == "rows" else ((), dims)
+
+
+def _missing(arrays: Mapping[str, ArrayPlan]) -> dict[str, ArrayLike]:
+    return {name: array.missing() for name, array in arrays.items()}
+
+
+def _as_planned(model: nn.Module, block: Block) -> bool:
+    """Whether the same parameters require a gradient as at planning."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    held = set(block.parameters)
+    return held == trainable if block.kind == "model" else held <= trainable
+
+
+def _precision(model: nn.Module, blocks: Sequence[Block]) -> str:
+    parameters = dict(model.named_parameters())
+    names = [name for block in blocks for name in block.parameters]
+    return str(np.result_type(*(numpy_dtype(parameters[name]) for name in names)))
 
 
 def _layout(block: Block) -> dict[str, JsonValue]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from torch.nn import functional as F
 
 import hild_xr as hx
 from hild_xr import recorders as rec
-from hild_xr.store import PlanMismatchError, RecordsExistError, StoreWriteError, WriterBusyError
+from hild_xr.store import (
+    MissingRecordsWarning,
+    PlanMismatchError,
+    RecordsExistError,
+    StoreWriteError,
+    WriterBusyError,
+)
 
 
 class NoisyNet(nn.Module):
@@ -480,7 +487,7 @@ def test_estimate__is_the_planned_size_and_writes_nothing(
     estimate = recorder.estimate()
     assert estimate.records == 6
     tensors = sum(p.numel() for p in model.parameters()) * 4
-    spectrum = 2 * (8 + 8 + 1) + 4 + 8 + 2 * 48 * 4
+    spectrum = 2 * (4 + 4 + 1) + 4 + 4 + 2 * 48 * 4
     assert estimate.nbytes == 2 * 3 * (tensors + spectrum)
     assert not (tmp_path / "run.zarr").exists()
     with caplog.at_level(logging.INFO, logger="hild_xr"), recorder:
@@ -501,3 +508,171 @@ def test_recorder__outside_its_block_says_so(tmp_path: Path) -> None:
     model, optimizer = _start()
     with pytest.raises(RuntimeError, match="inside its with block"):
         _recorder(tmp_path / "run.zarr", model, optimizer).step()
+
+
+def test_relative_path__means_the_folder_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = _start()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with _recorder(Path("run.zarr"), model, optimizer):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        _train(model, optimizer, 10)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert hx.open(tmp_path / "run.zarr")["hessian"].sizes["step"] == 3
+
+
+def test_store_deleted_during_training__is_an_error(tmp_path: Path) -> None:
+    model, optimizer = _start()
+    with (
+        pytest.raises(StoreWriteError, match="deleted or moved"),
+        _recorder(tmp_path / "run.zarr", model, optimizer),
+    ):
+        _train(model, optimizer, 5)
+        shutil.rmtree(tmp_path / "run.zarr")
+    assert not (tmp_path / "run.zarr").exists()
+
+
+def test_recorder__is_for_one_stretch_of_training(tmp_path: Path) -> None:
+    model, optimizer = _start()
+    recorder = _recorder(tmp_path / "run.zarr", model, optimizer)
+    with recorder:
+        _train(model, optimizer, 10)
+    with pytest.raises(RuntimeError, match="make a new Recorder"), recorder:
+        pass
+    with pytest.raises(RuntimeError, match="inside its with block"):
+        recorder.flush()
+    assert hx.open(tmp_path / "run.zarr")["hessian"].sizes["step"] == 3
+
+
+def test_resume__asks_for_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = _start()
+    with pytest.raises(ValueError, match="start_step"):
+        _recorder(tmp_path / "run.zarr", model, optimizer, resume=True)
+
+
+def test_resume__after_a_lost_tail_says_what_is_missing(tmp_path: Path) -> None:
+    model, optimizer = _start()
+    with _recorder(tmp_path / "run.zarr", model, optimizer):
+        pass
+    recorder = _recorder(tmp_path / "run.zarr", model, optimizer, resume=True, start_step=10)
+    with pytest.warns(MissingRecordsWarning, match=r"2 of the 3 records|1 of the 2 records"), recorder:
+        pass
+    run = hx.open(tmp_path / "run.zarr")
+    np.testing.assert_array_equal(run["hessian/committed"].values, [[1, 0, 2]])
+    assert np.isnan(run["hessian/eigenvalues"].isel(step=1)).all()
+
+
+def test_wrapped_model__is_recorded_under_its_own_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 3))
+    model = nn.DataParallel(inner)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probes = [rec.Weights(), rec.Hessian(k=2), rec.Hessian(k=2, blocks="rows")]
+    with _recorder(tmp_path / "run.zarr", model, optimizer, probes=probes):
+        _train(model, optimizer, 10)
+    run = hx.open(tmp_path / "run.zarr")
+    assert list(run["weights"].children) == ["0.weight", "0.bias"]
+    assert list(run["hessian"]["layer"].values) == ["0.weight", "0.bias"]
+
+
+def test_names_that_differ_only_in_case__need_two_probes(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("Q", nn.Linear(6, 4))
+    model.add_module("q", nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    together = _recorder(tmp_path / "run.zarr", model, optimizer, probes=[rec.Hessian(k=2, blocks="rows")])
+    with pytest.raises(ValueError, match=r"differ only in upper and lower case.*two probes"), together:
+        pass
+    apart = [
+        rec.Hessian(k=2, blocks="rows", layers=["Q.weight"], group="hessian_rows_a"),
+        rec.Hessian(k=2, blocks="rows", layers=["q.weight"], group="hessian_rows_b"),
+    ]
+    with _recorder(tmp_path / "run.zarr", model, optimizer, probes=apart):
+        _train(model, optimizer, 10)
+    run = hx.open(tmp_path / "run.zarr")
+    assert np.isfinite(run["hessian_rows_a/Q.weight/eigenvalues"].values).all()
+    assert np.isfinite(run["hessian_rows_b/q.weight/eigenvalues"].values).all()
+
+
+def test_layer_frozen_during_training__is_missing_from_then_on(tmp_path: Path) -> None:
+    model, optimizer = _start()
+    probes = [
+        rec.Hessian(k=2, layers=["fc1.weight", "fc2.weight"]),
+        rec.GMatrix(k=2, blocks="rows", layers=["fc1.weight", "fc2.weight"]),
+        rec.Hessian(k=2, blocks="model"),
+    ]
+    with _recorder(tmp_path / "run.zarr", model, optimizer, probes=probes):
+        _train(model, optimizer, 5)
+        model.get_parameter("fc1.weight").requires_grad_(False)
+        _train(model, optimizer, 5)
+    run = hx.open(tmp_path / "run.zarr")
+    last = run["hessian"].to_dataset().isel(seed=0, step=-1).load()
+    assert np.isnan(last["eigenvalues"].sel(layer="fc1.weight")).all()
+    assert not last["converged"].sel(layer="fc1.weight").any()
+    assert last["n_matvec"].sel(layer="fc1.weight") == -1
+    assert np.isfinite(last["eigenvalues"].sel(layer="fc2.weight")).all()
+    assert np.isnan(run["hessian/fc1.weight/eigenvectors"].isel(step=-1)).all()
+    assert np.isnan(run["gmatrix_rows/fc1.weight/eigenvalues"].isel(step=-1)).all()
+    assert np.isfinite(run["gmatrix_rows/fc2.weight/eigenvalues"]).all()
+    assert np.isnan(run["hessian_model/eigenvalues"].isel(step=-1)).all()
+    assert np.isfinite(run["hessian"]["eigenvalues"].isel(step=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("last", "loss"),
+    [
+        (nn.Identity(), F.binary_cross_entropy_with_logits),
+        (nn.Sigmoid(), F.binary_cross_entropy),
+        (nn.Identity(), nn.BCEWithLogitsLoss()),
+    ],
+)
+def test_binary_accuracy__follows_the_loss(
+    tmp_path: Path, last: nn.Module, loss: Callable[..., torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 6)
+    y = (x[:, :1] > 0.5).float()
+    model = nn.Sequential(nn.Linear(6, 1), last)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(6)[:1] * 10)
+        model[0].bias.fill_(-5.0)
+    objective = rec.Objective(loss, x, y)
+    with rec.Recorder(
+        tmp_path / "run.zarr", model, objective=objective, probes=[rec.Metrics()], schedule=rec.at([0])
+    ):
+        pass
+    assert hx.open(tmp_path / "run.zarr")["metrics/accuracy"].values.item() == 1.0
+
+
+def test_first_forward_that_fills_a_buffer__is_left_to_training(tmp_path: Path) -> None:
+    class Centred(nn.Module):
+        mean: torch.Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+            self.register_buffer("mean", None)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if self.mean is None:
+                self.mean = inputs.mean(0).detach()
+                self.register_buffer("seen", torch.ones(1), persistent=False)
+            outputs: torch.Tensor = self.fc(inputs - self.mean)
+            return outputs
+
+    model, optimizer = _start(build=Centred)
+    with _recorder(tmp_path / "run.zarr", model, optimizer, probes=[rec.Metrics(), rec.Hessian(k=1)]):
+        assert dict(model.named_buffers()) == {}
+        assert "mean" in model._buffers
+
+
+def test_objective__keeps_its_own_copy_of_the_data() -> None:
+    x, y = _data()
+    model, _ = _start()
+    objective = rec.Objective(F.cross_entropy, x, y)
+    before = objective.value(model)
+    x.mul_(3.0)
+    y.zero_()
+    assert objective.value(model) == before
