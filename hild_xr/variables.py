@@ -160,7 +160,7 @@ _DECLARED = (
         (*_PER_LAYER, DIM_EIG),
         "f",
         "relative residual",
-        "Residual norm |A v - lambda v| divided by the largest absolute eigenvalue found for the block.",
+        "Residual norm |A v - lambda v| by |lambda|, or by a thousandth of the largest one if that is more.",
     ),
     Variable(
         "converged",

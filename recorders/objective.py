@@ -246,7 +246,7 @@ class Objective:
             return
         with isolated(model), torch.no_grad():
             network = FunctionalModel(model)
-            index = self._some_samples()
+            index = self.some_samples()
             inputs, targets = self.samples(index)
             outputs = network(inputs)
             together = self.mean_loss(outputs, targets)
@@ -280,8 +280,8 @@ class Objective:
             )
         self._checked = True
 
-    def _some_samples(self) -> Tensor:
-        """Return indices spread over the data, with samples of different classes among them."""
+    def some_samples(self) -> Tensor:
+        """Return indices of at most a few dozen samples, spread over the data and over its classes."""
         spread = torch.linspace(0, len(self) - 1, min(_CHECKED_SAMPLES, len(self)), dtype=torch.float64)
         index = spread.round().long()
         if self.targets.ndim == 1 and not self.targets.is_floating_point():

@@ -40,7 +40,8 @@ class Eigenpairs:
         Shape (*batch, k, p), orthonormal rows.
     residuals
         Shape (*batch, k), float64: ``|A v - lambda v|`` from a real product, divided by
-        the largest absolute eigenvalue (or Ritz value) found for the matrix.
+        the pair's own absolute eigenvalue, or by a thousandth of the largest one found for the matrix if
+        that is more.
     converged
         Shape (*batch, k): whether the residual is finite and at most the tolerance.
     n_matvec
@@ -123,7 +124,8 @@ def dense_eigenpairs(
     order = ranking(eigenvalues, which)[..., :k]
     eigenvalues = eigenvalues.gather(-1, order)
     vectors = columns.mT.gather(-2, order[..., None].expand(*order.shape, size))
-    residuals = _relative((vectors @ exact.mT - eigenvalues[..., None] * vectors).norm(dim=-1), scale)
+    own = own_scale(eigenvalues, scale)
+    residuals = _relative((vectors @ exact.mT - eigenvalues[..., None] * vectors).norm(dim=-1), own)
     count = torch.zeros(matrix.shape[:-2], dtype=torch.int64)
     return _to_device(eigenvalues, vectors.to(matrix.dtype), residuals, tol, count, matrix.device)
 
@@ -307,7 +309,9 @@ class _Lanczos:
                 continue
             ritz = basis.ritz()
             exhausted = basis.filled == self.size
-            done = ritz.residuals[:, : self.wanted].amax(-1) <= _STOP * self.tol * ritz.scale
+            own = own_scale(ritz.eigenvalues, ritz.scale[:, None])
+            small = ritz.residuals <= _STOP * self.tol * own
+            done = small[:, : self.wanted].all(-1)
             done = (done & (steps >= min_steps)) | exhausted | out_of_budget
             if bool(done.any()):
                 found.store(basis, ritz, done, exhausted)
@@ -359,7 +363,7 @@ def rayleigh_ritz(
     tol
         Relative residual up to which a pair counts as converged.
     scale
-        Shape (n,): largest absolute Ritz value known so far, as a denominator of the residuals.
+        Shape (n,): largest absolute Ritz value known so far; see :func:`own_scale`.
     n_matvec
         Shape (n,): products spent.
     name
@@ -400,7 +404,8 @@ def rayleigh_ritz(
     difference = products - eigenvalues.to(vectors)[..., None] * vectors
     norms = torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64).cpu()
     scale = torch.maximum(scale.cpu(), eigenvalues.abs().amax(-1))
-    return _to_device(eigenvalues, vectors, _relative(norms, scale[:, None]), tol, n_matvec, vectors.device)
+    own = own_scale(eigenvalues, scale[:, None])
+    return _to_device(eigenvalues, vectors, _relative(norms, own), tol, n_matvec, vectors.device)
 
 
 @dataclass
@@ -596,6 +601,28 @@ def _check_arguments(size: int, k: int, tol: float) -> None:
         raise ValueError(f"k must be between 1 and the size {size} of the matrix; got {k}")
     if not (math.isfinite(tol) and tol > 0):
         raise ValueError(f"tol, the relative residual to reach, must be a positive number; got {tol}")
+
+
+def own_scale(eigenvalues: Tensor, scale: Tensor) -> Tensor:
+    """Return what the residual of each pair is divided by: its own size, down to a floor.
+
+    A residual relative to the largest eigenvalue says nothing of a pair that is 1000 times
+    smaller: beside one huge outlier every other vector would pass. Below a thousandth of the
+    largest, products in float32 are not exact enough to ask for more.
+
+    Parameters
+    ----------
+    eigenvalues
+        Shape (*batch, k).
+    scale
+        Shape (*batch, 1): largest absolute eigenvalue found.
+
+    Examples
+    --------
+    >>> own_scale(torch.tensor([-8.0, 2.0, 0.0]), torch.tensor([8.0]))
+    tensor([8.0000, 2.0000, 0.0080])
+    """
+    return torch.maximum(eigenvalues.abs(), 1e-3 * scale)
 
 
 def _relative(norms: Tensor, scale: Tensor) -> Tensor:

@@ -102,6 +102,17 @@ def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     return function(inputs)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Bring a tensor of half precision to float32: products may be rounded, bases may not.
+
+    Examples
+    --------
+    >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Bring a floating tensor to ``dtype``; ``None``, integers and bools leave it as it is.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.functional import at_least_float32
 from hild_xr.recorders.curvature.linear_sites import Call, LinearSite, recorded_calls
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ class LossGraph:
         self.n_samples = len(targets)
         with recorded_calls(network.model, [site.module for site in sites]) as calls:
             self.loss = objective.mean_loss(network(inputs), targets)
+        for site in sites:
+            if [call.h.shape[:-1] for call in calls[site.module]] != [(len(targets),)]:
+                raise ValueError(
+                    f"the layer {site.module!r} sees only some of the samples (routing to experts, heads for "
+                    "groups of samples), which a few of them did not show: make it an instance of a subclass "
+                    "of nn.Linear, and the general, slower method is taken"
+                )
         if not self.loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on any trainable parameter: loss(outputs, targets) must use the "
@@ -100,12 +108,12 @@ class LossGraph:
         )
 
     def layer_input(self, weight: str) -> Tensor:
-        """Return the input h of a linear layer, shape (n, in)."""
-        return self._calls[weight].h.detach()
+        """Return the input h of a linear layer, shape (n, in), in float32 at least."""
+        return at_least_float32(self._calls[weight].h.detach())
 
     def output_gradient(self, weight: str) -> Tensor:
         """Return the gradient of each sample's loss by the layer's output, shape (n, out)."""
-        return self._output_gradients[weight].detach() * self.n_samples
+        return at_least_float32(self._output_gradients[weight].detach()) * self.n_samples
 
     def output_curvature(self, weight: str) -> Tensor:
         """Return the second derivative of each sample's loss by each single output, shape (n, out).
@@ -116,7 +124,7 @@ class LossGraph:
         gradient, z = self._output_gradients[weight], self._calls[weight].z
         curvature = torch.zeros_like(z, requires_grad=False)
         if not gradient.requires_grad:
-            return curvature
+            return at_least_float32(curvature)
         direction = torch.zeros_like(z, requires_grad=False)
         for c in range(z.shape[1]):
             direction[:, c] = self.n_samples
@@ -125,4 +133,4 @@ class LossGraph:
             )
             curvature[:, c] = product[:, c]
             direction[:, c] = 0
-        return curvature
+        return at_least_float32(curvature)

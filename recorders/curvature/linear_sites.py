@@ -87,7 +87,7 @@ def recorded_calls(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[st
 def find_linear_sites(
     network: FunctionalModel, objective: Objective, dtype: torch.dtype | None
 ) -> list[LinearSite]:
-    """Find the layers with closed-form curvature, by forward passes on one and on two samples.
+    """Find the layers with closed-form curvature, by forward passes on some samples, together and alone.
 
     A layer qualifies if it is a plain ``nn.Linear`` without hooks, is called once with
     as many rows as there are samples, and its weight enters the loss nowhere else (not
@@ -114,15 +114,20 @@ def find_linear_sites(
         written into the loss, a module that keeps a list of its weights).
     """
     names = [name for name, module in network.model.named_modules() if _is_plain_linear(module)]
-    counts: dict[str, int] = {}
-    # One row for one sample and two for two: a layer that runs over something else (tokens,
-    # a table of its own) can have the right number of rows once by chance, not twice.
-    for n in sorted({1, min(2, len(objective))}):
-        inputs, targets = objective.samples(slice(0, n), dtype)
-        with recorded_calls(network.model, names) as calls:
-            loss = objective.mean_loss(network(inputs), targets)
-        names = [name for name in names if [call.h.shape[:-1] for call in calls[name]] == [(n,)]]
-        counts = _uses(loss, network)
+    index = objective.some_samples()
+    inputs, targets = objective.samples(index, dtype)
+    with recorded_calls(network.model, names) as calls:
+        loss = objective.mean_loss(network(inputs), targets)
+    names = [name for name in names if [call.h.shape[:-1] for call in calls[name]] == [(len(index),)]]
+    together = {name: calls[name][0].h.detach() for name in names}
+    counts = _uses(loss, network)
+    # Row m of h must be sample m by itself: a layer that runs over tokens, a table of its own, the samples
+    # routed to one expert or a sorted batch can have the right number of rows by chance.
+    with torch.no_grad():
+        for m in range(len(index)):
+            with recorded_calls(network.model, names) as calls:
+                network(objective.samples(index[m : m + 1], dtype)[0])
+            names = [name for name in names if _is_row(calls[name], together[name], m)]
     sites = []
     for name in names:
         prefix = f"{name}." if name else ""
@@ -130,6 +135,17 @@ def find_linear_sites(
         if counts.get(weight) == 1:
             sites.append(LinearSite(name, weight, bias if counts.get(bias) == 1 else None))
     return sites
+
+
+def _is_row(calls: Sequence[Call], together: Tensor, m: int) -> bool:
+    """Whether a forward pass on one sample gave the layer one row, equal to row m of the batch."""
+    if [call.h.shape[:-1] for call in calls] != [(1,)]:
+        return False
+    alone = calls[0].h[0].detach()
+    finite = alone.isfinite() & together[m].isfinite()
+    scale = together[:, finite].abs().max() if bool(finite.any()) else 0.0
+    difference = (alone - together[m])[finite].abs()
+    return not bool(finite.any()) or bool(difference.max() <= torch.finfo(alone.dtype).eps ** 0.4 * scale)
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.functional import map_inputs
+from hild_xr.recorders.curvature.functional import at_least_float32, map_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -189,7 +189,7 @@ class GradientSampler:
             # torch.func.grad differentiates under no_grad too; the other parameters need no graph.
             with self._measuring(), torch.no_grad():
                 gradients = self._gradients(names, inputs, targets)
-            yield {name: gradient.reshape(len(targets), -1) for name, gradient in gradients.items()}
+            yield {name: at_least_float32(g).reshape(len(targets), -1) for name, g in gradients.items()}
 
     def all(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradients of all samples by name, each (M, p)."""

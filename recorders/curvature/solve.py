@@ -41,7 +41,7 @@ class SolveOptions:
     matrix_up_to
         Blocks of at most this size are solved as whole matrices that are returned.
     max_bytes
-        Memory that bases or matrices of rows solved at once may take.
+        Memory that a Gram matrix, or the bases or matrices of rows solved at once, may take.
     """
 
     k: int
@@ -60,7 +60,7 @@ def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
     * ``"dense"`` if p is at most ``dense_up_to`` or ``matrix_up_to``, or if a Lanczos
       basis of 3 k + 2 vectors would span the whole space;
     * ``"gram"`` for a G-matrix of fewer samples than parameters, unless its smallest
-      eigenvalues (zeros) are asked for;
+      eigenvalues (zeros) are asked for or the M x M matrix takes more than ``max_bytes``;
     * ``"lanczos"`` otherwise.
 
     Parameters
@@ -77,12 +77,10 @@ def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
     """
     if operator.size <= max(options.dense_up_to, options.matrix_up_to, 3 * options.k + 2):
         return "dense"
-    if (
-        isinstance(operator, SecondMoment)
-        and operator.n_samples < operator.size
-        and options.which != "smallest"
-    ):
-        return "gram"
+    if isinstance(operator, SecondMoment) and options.which != "smallest":
+        gram_bytes = operator.n_samples**2 * torch.finfo(operator.dtype).bits // 8
+        if operator.n_samples < operator.size and gram_bytes <= options.max_bytes:
+            return "gram"
     return "lanczos"
 
 
@@ -192,8 +190,10 @@ def _lifted(operator: SecondMoment, pairs: Eigenpairs, options: SolveOptions) ->
     """Return k orthonormal vectors: J^T u for nonzero eigenvalues, completed at random."""
     eigenvalues = pairs.eigenvalues[0]
     nonzero = eigenvalues > torch.finfo(operator.dtype).eps * eigenvalues[0].clamp(min=0)
-    lifted = operator.adjoint(pairs.eigenvectors[0][nonzero])
-    lifted = lifted / torch.linalg.vector_norm(lifted, dim=1, keepdim=True)
+    lifted = torch.zeros((0, operator.size), dtype=operator.dtype, device=operator.device)
+    if bool(nonzero.any()):
+        lifted = operator.adjoint(pairs.eigenvectors[0][nonzero])
+        lifted = lifted / torch.linalg.vector_norm(lifted, dim=1, keepdim=True)
     generator = torch.Generator().manual_seed(options.seed)
     shape = (options.k - len(lifted), operator.size)
     filling = torch.randn(shape, generator=generator, dtype=operator.dtype).to(operator.device)

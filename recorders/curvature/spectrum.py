@@ -28,8 +28,9 @@ class BlockSpectrum:
     eigenvalues
         Shape (*batch, k), float64, in the order asked for.
     residuals
-        Shape (*batch, k), float64: ``|A v - lambda v|`` divided by the largest absolute
-        eigenvalue (or Ritz value) found for the sub-block, from a real product.
+        Shape (*batch, k), float64: ``|A v - lambda v|`` from a real product, divided by the
+        pair's own absolute eigenvalue, or by a thousandth of the largest one of the sub-block if that is
+        more.
     converged
         Shape (*batch, k), bool: whether the residual is at most the tolerance.
     n_matvec

@@ -236,6 +236,32 @@ def test_float64__of_a_float32_model_is_exact(get_case: Any, dense_matrices: Any
     assert next(case.model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16__is_multiplied_in_half_precision_and_solved_in_float32(
+    get_case: Any, matrix: MatrixKind, kind: BlockKind
+) -> None:
+    for name in ("mlp-tanh", "cnn"):
+        case = get_case(name)
+        half = case.to(torch.bfloat16)
+        with Curvature(case.model, case.objective()) as curvature:
+            exact = curvature.eigenpairs(1, matrix, kind)
+        with Curvature(half.model, half.objective()) as curvature:
+            for label, found in curvature.eigenpairs(1, matrix, kind).items():
+                assert found.eigenvectors.dtype == torch.float32
+                scale = float(exact[label].eigenvalues.abs().max())
+                difference = found.eigenvalues - exact[label].eigenvalues
+                assert float(difference.abs().max()) < 0.3 * scale
+
+
+def test_compiled_model__has_the_curvature_of_the_module_inside(get_case: Any) -> None:
+    case = get_case("mlp-relu")
+    expected = eigenpairs(case.model, case.objective(), 2)
+    found = eigenpairs(torch.compile(case.model, backend="eager"), case.objective(), 2)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[label].eigenvalues, expected[label].eigenvalues) for label in expected)
+
+
 def test_eigenpairs__are_deterministic_for_a_seed(get_case: Any) -> None:
     case = get_case("mlp-relu")
     found = []
@@ -319,7 +345,7 @@ def test_exit__frees_the_graph_without_the_garbage_collector(get_case: Any, fail
     case = get_case("mlp-relu")
     alive: list[weakref.ref[Any]] = []
 
-    def record() -> None:
+    def record() -> Curvature:
         with Curvature(case.model, case.objective()) as curvature:
             curvature.eigenpairs(1, "hessian", "rows")
             curvature.eigenpairs(1, "gmatrix", "layer")
@@ -330,12 +356,14 @@ def test_exit__frees_the_graph_without_the_garbage_collector(get_case: Any, fail
             alive.extend(weakref.ref(leaf) for leaf in state._network.trainable.values())
             if fails:
                 raise KeyError("inside")
+        return curvature
 
+    kept: list[Curvature] = []
     gc.collect()
     gc.disable()
     try:
         try:
-            record()
+            kept.append(record())  # the object outlives its context, its graph does not
         except KeyError:
             assert fails
         assert len(alive) > 5

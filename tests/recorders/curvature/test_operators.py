@@ -82,6 +82,12 @@ def test_operator__equals_the_dense_matrix(
                 exact @ vectors[0],
                 1e-10,
             )
+            backwards = everything.flip(0)
+            close(
+                operator.product(vectors[:1].expand(operator.count, -1), backwards),
+                exact[backwards] @ vectors[0],
+                1e-10,
+            )
             if batch_size is None:
                 close(operator.matrix(everything), exact, 1e-10)
             trace = operator.trace()
@@ -119,6 +125,9 @@ def test_streamed__equals_the_dense_matrix(
         operators = list(curvature.operators(resolve_blocks(case.model, kind), "gmatrix", regularised))
         streamed = [operator for operator in operators if isinstance(operator, StreamedSecondMoment)]
         assert streamed
+        state = curvature._state
+        assert state is not None
+        assert sum(kept.nbytes for kept in state._explicit.values()) <= 3000
         for operator in streamed[:3]:
             exact = list(reference(case, dense_matrices(case.name), operator.block, "gmatrix", regularised))
             close(operator.matrix(torch.arange(operator.count)), torch.stack(exact), 1e-10)

@@ -33,6 +33,8 @@ def test_choose_path__is_the_documented_rule() -> None:
     few, many = gmatrix(torch.randn(50, 400)), gmatrix(torch.randn(500, 400))
     assert choose_path(few, SolveOptions(3)) == "gram"
     assert choose_path(few, SolveOptions(3, which="smallest")) == "lanczos"
+    assert choose_path(few, SolveOptions(3, max_bytes=50 * 50 * 4)) == "gram"
+    assert choose_path(few, SolveOptions(3, max_bytes=50 * 50 * 4 - 1)) == "lanczos"
     assert choose_path(many, SolveOptions(3)) == "lanczos"
     assert choose_path(many, SolveOptions(3, dense_up_to=400)) == "dense"
     assert choose_path(many, SolveOptions(3, matrix_up_to=400)) == "dense"
@@ -58,6 +60,16 @@ def test_gram__finds_the_planted_eigenpairs_over_many_orders_of_magnitude(
     residuals = (vectors @ exact - pairs.eigenvalues[0][:, None] * vectors).norm(dim=1)
     assert bool((residuals <= pairs.residuals[0] + 1e-6).all())
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-4), (torch.float32, 1e-3)])
+def test_gram__pairs_converge_in_a_spectrum_that_decays_without_a_gap(dtype: torch.dtype, tol: float) -> None:
+    squares = [float(i) ** -1.5 for i in range(1, 601)]
+    gradients = planted_gradients(squares, 700, 900, dtype)
+    pairs = gram_eigenpairs(gmatrix(gradients), SolveOptions(15, tol=tol))
+    assert bool(pairs.converged.all())
+    expected = torch.tensor(squares[:15], dtype=torch.float64)
+    torch.testing.assert_close(pairs.eigenvalues[0], expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
