@@ -7,9 +7,9 @@ counts as well, because it is knowledge of the other part all the same.
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,14 +183,14 @@ def test_help__loads_neither_torch_nor_a_plotting_library() -> None:
 
 def test_help__answers_within_half_a_second() -> None:
     best = float("inf")
-    for _ in range(5):  # the machine may be busy: one quiet moment is enough
-        start = time.perf_counter()
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = subprocess.run([hild_xr_script(), "--help"], capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # processor time: the answer on a quiet machine, however busy this one is
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert "reproduce" in result.stdout
-        if best < 0.5:
-            return
-    pytest.fail(f"hild-xr --help took {best:.2f} s at best, more than 0.5 s")
+    assert best < 0.5
 
 
 def without(packages: tuple[str, ...], then: str) -> subprocess.CompletedProcess[str]:

@@ -51,7 +51,7 @@ def findings(softmax: xr.DataTree, network: xr.DataTree) -> Findings:
         "weight matrix the block was taken of the Hessian H and of the G-matrix G on the training images."
     )
     return Findings(
-        "Digits: every row of the weights aligns with the outlier eigenspaces of its own block",
+        "Digits: the rows of the weights align with the leading eigenspaces of their own blocks",
         introduction,
         claims(measured, accuracy),
         figures(softmax, network, measured),

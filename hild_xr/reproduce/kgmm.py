@@ -167,7 +167,7 @@ def figures(run: xr.DataTree, measured: xr.Dataset, k: int) -> list[Figure]:
             Figure(
                 plots.spectrum(eigenvalues, outlier_count=k, log_x=True, log_y=True),
                 f"Eigenvalues of the {name} block of class 0",
-                f"The {k} leading eigenvalues stand apart from the bulk, which shrinks too (first seed).",
+                f"The {k} leading eigenvalues stand apart from the next ones, the band (first seed).",
             )
         )
     drawn.append(

@@ -25,7 +25,7 @@ class PlanMismatchError(StoreError):
         listed = "\n".join(f"  - {line}" for line in differences)
         super().__init__(
             f"{where} exists and was created from another plan; nothing was written.\n{listed}\n"
-            "Choose another path, or make the plan equal to add seeds to this store."
+            "Choose another path, or record with the plan that the store was made with."
         )
 
 

@@ -259,10 +259,13 @@ class _ProbeWriter:
             self._marker[self._row] = marked
         except Exception as error:
             first, last = (self._plan.steps[i] for i in (self._pending[0], self._pending[-1]))
+            safe = self.last_committed_step()
+            kept = "Nothing was committed before."
+            if safe >= 0:
+                kept = f"Everything committed before (up to step {safe}) is safe."
             raise StoreWriteError(
                 f"could not write the records of probe {self._name!r} at steps {first} to {last} into "
-                f"{self._where}: {error}. Everything committed before (up to step "
-                f"{self.last_committed_step()}) is safe. Mend the cause, then go on from a checkpoint with "
+                f"{self._where}: {error}. {kept} Mend the cause, then go on from a checkpoint with "
                 "resume=True, start_step=<its step>."
             ) from error
         self._committed = marked

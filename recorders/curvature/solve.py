@@ -14,7 +14,12 @@ from hild_xr.recorders.curvature.eigensolvers import (
     lanczos_eigenpairs,
     rayleigh_ritz,
 )
-from hild_xr.recorders.curvature.operators import BlockOperator, SecondMoment
+from hild_xr.recorders.curvature.operators import (
+    BlockOperator,
+    FactoredRowsSecondMoment,
+    SecondMoment,
+    WeightedRows,
+)
 from hild_xr.recorders.curvature.spectrum import BlockSpectrum, Path
 
 _GRAM_DENSE_UP_TO = 512  # eigh of a matrix that is there anyway takes 20 ms
@@ -58,7 +63,8 @@ def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
     """Choose how to solve a block of size p.
 
     * ``"dense"`` if p is at most ``dense_up_to`` or ``matrix_up_to``, or if a Lanczos
-      basis of 3 k + 2 vectors would span the whole space;
+      basis of 3 k + 2 vectors would span the whole space; rows of a linear layer up to
+      p = 32 k (unless ``dense_up_to`` is 0), where the matrix costs no more than the products and no pair can be skipped;
     * ``"gram"`` for a G-matrix of fewer samples than parameters, unless its smallest
       eigenvalues (zeros) are asked for or the M x M matrix takes more than ``max_bytes``;
     * ``"lanczos"`` otherwise.
@@ -76,6 +82,9 @@ def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
         The path.
     """
     if operator.size <= max(options.dense_up_to, options.matrix_up_to, 3 * options.k + 2):
+        return "dense"
+    rows_of_linear_layer = isinstance(operator, WeightedRows | FactoredRowsSecondMoment)
+    if options.dense_up_to and rows_of_linear_layer and operator.size <= 32 * options.k:
         return "dense"
     if isinstance(operator, SecondMoment) and options.which != "smallest":
         gram_bytes = operator.n_samples**2 * torch.finfo(operator.dtype).bits // 8
