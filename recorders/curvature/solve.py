@@ -63,8 +63,9 @@ def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
     """Choose how to solve a block of size p.
 
     * ``"dense"`` if p is at most ``dense_up_to`` or ``matrix_up_to``, or if a Lanczos
-      basis of 3 k + 2 vectors would span the whole space; rows of a linear layer up to
-      p = 32 k (unless ``dense_up_to`` is 0), where the matrix costs no more than the products and no pair can be skipped;
+      basis of 3 k + 2 vectors would span the whole space; rows of a linear layer up
+      to p = 32 k (unless ``dense_up_to`` is 0), where the matrix costs no more than the
+      products and no pair can be skipped;
     * ``"gram"`` for a G-matrix of fewer samples than parameters, unless its smallest
       eigenvalues (zeros) are asked for or the M x M matrix takes more than ``max_bytes``;
     * ``"lanczos"`` otherwise.
