@@ -22,7 +22,7 @@ CENTRES = ("+mu", "-mu", "+nu", "-nu")
 """Names of the four centres, in the order of :attr:`XorMixture.centres`."""
 
 _SIGNS = np.array([1.0, 1.0, -1.0, -1.0])  # +1 where the label is 1
-_PLANTING_ORDER = (0, 2, 1, 3)  # one centre of each label first
+_PLANTING_ORDER = (0, 2, 3, 1)  # one centre of each label first
 
 
 class TwoLayerNetwork(nn.Module):
@@ -71,7 +71,7 @@ class XorMixture(Mixture):
         Seed of mu and nu: a property of the problem, shared by all runs.
     planted_centres
         None: the Gaussian start W_i ~ N(0, I/d), v_i ~ N(0, 1). A number from 1 to 4: the
-        neurons start on that many centres (+mu, +nu, -mu, -nu in this order, in turn), so that
+        neurons start on that many centres (+mu, +nu, -nu, -mu in this order, in turn), so that
         it is known beforehand how many the run covers. Several numbers: run s has the
         (s mod length)-th.
     warm

@@ -80,7 +80,7 @@ def test_gradient__has_the_closed_form_of_the_two_layer_network() -> None:
 def test_planted_start__puts_each_neuron_on_one_centre_in_turn(planted: int, hidden: int) -> None:
     problem = XorMixture(dimension=30, hidden=hidden, planted_centres=planted, warm=0.4)
     first, second = _weights(problem.model(5))
-    order = ["+mu", "+nu", "-mu", "-nu"][:planted]
+    order = ["+mu", "+nu", "-nu", "-mu"][:planted]
     overlaps = first @ problem.centres.T
     for i in range(hidden):
         own = CENTRES.index(order[i % planted])
