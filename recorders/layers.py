@@ -61,7 +61,7 @@ def _dims(name: str, ndim: int, *, transposed: bool) -> tuple[str, ...]:
     return (*leading, *_KERNEL_DIMS[ndim - 2])
 
 
-def select_layers(model: nn.Module, layers: Sequence[str] | None, *, trainable: bool) -> list[str]:
+def select_layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
     """Check names of parameter tensors, or list them all.
 
     Parameters
@@ -69,9 +69,7 @@ def select_layers(model: nn.Module, layers: Sequence[str] | None, *, trainable: 
     model
         The model.
     layers
-        Qualified names; None for all.
-    trainable
-        Accept only parameters that require a gradient.
+        Qualified names; None for all, frozen ones included.
 
     Returns
     -------
@@ -83,29 +81,26 @@ def select_layers(model: nn.Module, layers: Sequence[str] | None, *, trainable: 
     KeyError
         If a name is unknown; the nearest is suggested.
     ValueError
-        If a name is frozen and ``trainable`` is set, if a name repeats, or if nothing is left.
+        If a name repeats, or if there is no parameter.
 
     Examples
     --------
-    >>> select_layers(nn.Linear(2, 2), ["wieght"], trainable=True)
+    >>> select_layers(nn.Linear(2, 2), ["wieght"])
     Traceback (most recent call last):
         ...
     KeyError: "no parameter 'wieght' in the model; did you mean 'weight'? It has: weight, bias"
     """
     parameters = dict(model.named_parameters())
     if layers is None:
-        names = [name for name, p in parameters.items() if p.requires_grad or not trainable]
-        if not names:
-            raise ValueError("the model has no parameter that requires a gradient; nothing to record")
-        return names
+        if not parameters:
+            raise ValueError("the model has no parameter; nothing to record")
+        return list(parameters)
     if isinstance(layers, str):
         raise TypeError(f"layers is a sequence of names; got the text {layers!r}: write [{layers!r}]")
     names = list(layers)
     for name in names:
         if name not in parameters:
             raise KeyError(_unknown(name, list(parameters)))
-        if trainable and not parameters[name].requires_grad:
-            raise ValueError(f"{name!r} is frozen (requires_grad is False): its curvature is not defined")
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"layers must name at least one parameter and none twice; got {names}")
     return names

@@ -49,7 +49,7 @@ class Weights(Probe):
     ) -> dict[str, NodePlan]:
         """Plan one node a layer."""
         del optimizer, objective
-        self._names = select_layers(model, self.layers, trainable=False)
+        self._names = select_layers(model, self.layers)
         dims, parameters = layer_dims(model), dict(model.named_parameters())
         return {name: _node(parameters[name], dims[name]) for name in self._names}
 

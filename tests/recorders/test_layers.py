@@ -34,22 +34,20 @@ def test_layer_dims__name_tied_weights_once() -> None:
     assert list(layer_dims(model)) == ["token.weight"]
 
 
-def test_select_layers__leaves_frozen_ones_out_of_curvature_only() -> None:
+def test_select_layers__takes_frozen_ones_too() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    assert select_layers(model, None, trainable=True) == ["weight"]
-    assert select_layers(model, None, trainable=False) == ["weight", "bias"]
-    with pytest.raises(ValueError, match="frozen"):
-        select_layers(model, ["bias"], trainable=True)
+    assert select_layers(model, None) == ["weight", "bias"]
+    assert select_layers(model, ["bias"]) == ["bias"]
 
 
 def test_select_layers__says_what_is_wrong() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(KeyError, match="did you mean 'weight'"):
-        select_layers(model, ["weigth"], trainable=False)
+        select_layers(model, ["weigth"])
     with pytest.raises(TypeError, match="sequence of names"):
-        select_layers(model, "weight", trainable=False)
+        select_layers(model, "weight")
     with pytest.raises(ValueError, match="none twice"):
-        select_layers(model, ["bias", "bias"], trainable=False)
+        select_layers(model, ["bias", "bias"])
     with pytest.raises(ValueError, match="no parameter"):
-        select_layers(nn.ReLU(), None, trainable=False)
+        select_layers(nn.ReLU(), None)
