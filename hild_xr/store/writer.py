@@ -301,8 +301,7 @@ class _Buffer:
         values = np.asarray(value)
         if values.shape != self._shape:
             raise ValueError(f"{place}: expected shape {self._shape}, got {values.shape}")
-        # a copy: on the CPU a tensor's numpy view aliases the live weights
-        return values.astype(self._dtype, copy=True)
+        return values.astype(self._dtype, copy=False)
 
     def leaves_block(self, index: int) -> bool:
         return self._block >= 0 and index // self._length != self._block
@@ -311,6 +310,7 @@ class _Buffer:
         return (index + 1) % self._length == 0 or index + 1 == self._array.shape[1]
 
     def put(self, index: int, value: NDArray[np.generic]) -> None:
+        """Copy one step's value into the block; the caller may change it afterwards."""
         if index // self._length != self._block:
             self._begin(index // self._length)
         self._values[index % self._length] = value
