@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import xarray as xr
 
-from hild_xr.variables import attrs
+from hild_xr.variables import DIM_SKETCH, attrs
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
 Dims = str | Iterable[str] | None
+
+_MATRIX = ("scheme", "m", "nonzeros", "seed", "layers", "sizes")
+"""What a sketch's matrix follows from, in its attr ``sketch``."""
 
 FLOAT = np.dtype(np.float64)
 
@@ -74,7 +77,40 @@ def vector_dims_of(arrays: Mapping[str, xr.DataArray], given: Dims = None) -> tu
         raise ValueError("expected at least one vector dim, came none; pass vector_dims=[...]")
     for name, array in arrays.items():
         require_dims(name, array, dims, "vector_dims")
+    if DIM_SKETCH in dims:
+        require_same_sketch(arrays)
     return dims
+
+
+def require_same_sketch(arrays: Mapping[str, xr.DataArray]) -> None:
+    """Raise if two arrays are sketches by different matrices: their inner products mean nothing.
+
+    Arrays without the attr ``sketch`` (results of arithmetic, say) are left to the caller.
+
+    Raises
+    ------
+    ValueError
+        If the matrices differ, naming in what.
+
+    Examples
+    --------
+    >>> sketched = xr.DataArray(np.ones(4), dims="sketch")
+    >>> u, v = (sketched.assign_attrs(sketch={"layers": [name]}) for name in "ab")
+    >>> require_same_sketch({"u": u, "v": v})
+    Traceback (most recent call last):
+    ...
+    ValueError: u and v are sketches by different matrices: layers ['a'] against ['b']. Compare ...
+    """
+    stated = [(name, array.attrs["sketch"]) for name, array in arrays.items() if "sketch" in array.attrs]
+    for name, matrix in stated[1:]:
+        first_name, first = stated[0]
+        differ = [key for key in _MATRIX if matrix.get(key) != first.get(key)]
+        if differ:
+            words = ", ".join(f"{key} {first.get(key)} against {matrix.get(key)}" for key in differ)
+            raise ValueError(
+                f"{first_name} and {name} are sketches by different matrices: {words}. Compare records of "
+                "one layer (or row, or the model) made with the same sketch=..., or see hild_xr.sketch"
+            )
 
 
 def number_dim_of(name: str, array: xr.DataArray, given: str | None = None) -> str:

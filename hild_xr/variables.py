@@ -28,6 +28,7 @@ DIM_OUT = "out"
 DIM_IN = "in"
 DIM_PARAM = "param"
 DIM_ANGLE = "angle"
+DIM_SKETCH = "sketch"
 
 LAYER_DIMS = "*"
 """Stands in ``Variable.dims`` for the dims of the layer's own weight tensor."""
@@ -45,6 +46,7 @@ DIMS: dict[str, str] = {
     DIM_PARAM: "index of the parameter within a flat block",
     "param_": "index of the parameter within a flat block, second axis of a matrix",
     DIM_ANGLE: "index of the principal angle, sorted from the smallest",
+    DIM_SKETCH: "row of the random matrix that the vector was multiplied with (see hild_xr.sketch)",
 }
 """Every dimension name with its meaning. Lagged copies carry a trailing underscore (``step_``)."""
 
@@ -146,6 +148,13 @@ _DECLARED = (
     # weights
     Variable(
         "weight", (*_RECORD, LAYER_DIMS), "f", "weight", "Value of the parameter tensor after the step."
+    ),
+    Variable(
+        "gradient",
+        (*_RECORD, LAYER_DIMS),
+        "f",
+        "gradient",
+        "Gradient of the objective by the parameter tensor, regulariser included, in eval mode.",
     ),
     # spectra: the same names serve the Hessian and the G-matrix; the group says which
     Variable(

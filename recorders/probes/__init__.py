@@ -1,8 +1,9 @@
 """Probes: what is recorded. One quantity a module, one group of the store a probe."""
 
 from hild_xr.recorders.probes.base import Probe, Snapshot
+from hild_xr.recorders.probes.gradients import Gradient
 from hild_xr.recorders.probes.metrics import Metrics
 from hild_xr.recorders.probes.spectrum import GMatrix, Hessian
-from hild_xr.recorders.probes.weights import Weights
+from hild_xr.recorders.probes.weights import OutOfRangeWarning, Weights
 
-__all__ = ["GMatrix", "Hessian", "Metrics", "Probe", "Snapshot", "Weights"]
+__all__ = ["GMatrix", "Gradient", "Hessian", "Metrics", "OutOfRangeWarning", "Probe", "Snapshot", "Weights"]

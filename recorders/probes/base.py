@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from pydantic import JsonValue
 from torch import nn
 
 from hild_xr.plan import NodePlan
 from hild_xr.recorders.curvature import Curvature
+from hild_xr.recorders.host_copy import Measured
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.schedule import Schedule
 
-NodeValues = Mapping[str, Mapping[str, ArrayLike]]
-"""Values of one record: ``{node: {array name: value}}``."""
+NodeValues = Measured
+"""Values of one record: ``{node: {array name: value}}``; the recorder copies them to the host."""
 
 
 @dataclass
@@ -100,30 +98,8 @@ class Probe(ABC):
 
     @abstractmethod
     def record(self, snapshot: Snapshot) -> NodeValues:
-        """Measure one record: every planned array of every node."""
+        """Measure one record: every planned array of every node.
 
-
-def to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
-    """Copy a tensor to NumPy; bfloat16, which NumPy lacks, becomes float32.
-
-    Examples
-    --------
-    >>> to_numpy(torch.ones(2, dtype=torch.bfloat16)).dtype
-    dtype('float32')
-    """
-    detached = tensor.detach()
-    if detached.dtype == torch.bfloat16:
-        detached = detached.float()
-    # .numpy() of a CPU tensor aliases the live weights, which change at the next step
-    return detached.cpu().numpy().copy()
-
-
-def numpy_dtype(tensor: torch.Tensor) -> str:
-    """Name of the dtype under which :func:`to_numpy` returns the tensor.
-
-    Examples
-    --------
-    >>> numpy_dtype(torch.zeros(1))
-    'float32'
-    """
-    return str(to_numpy(tensor.detach().reshape(-1)[:0]).dtype)
+        Values may be tensors on any device or arrays, also live ones: the recorder
+        copies them before training goes on.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -13,9 +14,11 @@ from torch import nn
 
 from hild_xr.plan import OWN_NODE, ArrayPlan, CoordPlan, NodePlan
 from hild_xr.recorders.curvature import Block, BlockKind, BlockSpectrum, check_k, resolve_blocks
+from hild_xr.recorders.host_copy import numpy_dtype, to_numpy
 from hild_xr.recorders.layers import layer_dims
 from hild_xr.recorders.objective import Objective
-from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot, numpy_dtype, to_numpy
+from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot
+from hild_xr.recorders.probes.sketching import SketchOption, VectorLayout, as_family, vector_layout
 from hild_xr.recorders.schedule import Schedule
 from hild_xr.variables import DIM_EIG, DIM_LAYER, DIM_PARAM
 
@@ -41,6 +44,7 @@ class _Spectrum(Probe):
         tol: float = 1e-3,
         max_matvec: int | None = None,
         matrix_up_to: int = 0,
+        sketch: SketchOption = None,
         schedule: Schedule | None = None,
         group: str | None = None,
     ) -> None:
@@ -48,6 +52,12 @@ class _Spectrum(Probe):
         super().__init__(default if group is None else group, schedule)
         self.k, self.blocks, self.layers, self.which = k, blocks, layers, which
         self.tol, self.max_matvec, self.matrix_up_to = tol, max_matvec, matrix_up_to
+        self.sketch = as_family(sketch)
+        if self.sketch is not None and self.sketch.m < 2 * k:
+            raise ValueError(
+                f"sketches of m={self.sketch.m} numbers cannot tell the spaces of k={k} eigenvectors apart: "
+                f"take m={2 * k} at least, and some 100 k for angles within a few percent"
+            )
 
     def attrs(self, objective: Objective | None) -> dict[str, JsonValue]:
         """Return settings that a reader of the group needs: what matrix, of which data, how exact."""
@@ -69,6 +79,7 @@ class _Spectrum(Probe):
         self._blocks = resolve_blocks(model, self.blocks, self.layers)
         check_k(self._blocks, self.k)
         eig = CoordPlan(dim=DIM_EIG, values=tuple(range(self.k)))
+        self._layouts = {block.label: self._stored_as(model, block) for block in self._blocks}
         self._nodes = nodes = {block.label: self._node(model, block) for block in self._blocks}
         if self.blocks == "rows":
             return {OWN_NODE: NodePlan(coords={DIM_EIG: eig}), **nodes}
@@ -84,12 +95,12 @@ class _Spectrum(Probe):
         spectra = self._solve(
             snapshot, [block for block in self._blocks if _as_planned(snapshot.model, block)]
         )
-        nodes: dict[str, dict[str, ArrayLike]] = {}
+        nodes: dict[str, dict[str, ArrayLike | torch.Tensor]] = {}
         numbers: list[dict[str, ArrayLike]] = []
         for block in self._blocks:
             found = spectra.get(block.label)
             missing = _missing(self._nodes[block.label].arrays)
-            nodes[block.label] = missing if found is None else _tensors(found)
+            nodes[block.label] = missing if found is None else _tensors(found, self._layouts[block.label])
             if self.blocks == "rows" and found is not None:
                 nodes[block.label] |= _numbers(found)
             alone = _missing(self._numbers((), (), "float64"))
@@ -131,20 +142,22 @@ class _Spectrum(Probe):
         }
 
     def _node(self, model: nn.Module, block: Block) -> NodePlan:
-        batch_dims, vector_dims = _block_dims(model, block, self.blocks)
+        layout = self._layouts[block.label]
+        batch_dims = layout.batch_dims[:-1]
         dtype = _precision(model, [block])
         batch = block.batch_shape
         arrays = self._numbers(batch_dims, batch, dtype) if batch_dims else {}
         arrays["eigenvectors"] = ArrayPlan(
             variable="eigenvectors",
-            dims=(*batch_dims, DIM_EIG, *vector_dims),
-            shape=(*batch, self.k, *block.vector_shape),
-            dtype=dtype,
+            dims=layout.dims,
+            shape=layout.shape,
+            dtype=layout.dtype(dtype),
             attrs={
-                "vector_dims": list(vector_dims),
+                **layout.attrs,
                 "number_dim": DIM_EIG,
                 "matrix": self.matrix,
                 **_layout(block),
+                **self._orthonormality(layout),
             },
         )
         if block.size <= self.matrix_up_to:
@@ -156,6 +169,27 @@ class _Spectrum(Probe):
                 attrs={"matrix": self.matrix},
             )
         return NodePlan(arrays=arrays)
+
+    def _stored_as(self, model: nn.Module, block: Block) -> VectorLayout:
+        batch_dims, vector_dims = _block_dims(model, block, self.blocks)
+        sizes = {block.label: block.size}
+        if block.kind == "model":
+            sizes = {
+                name: math.prod(shape) for name, shape in zip(block.parameters, block.shapes, strict=True)
+            }
+        return vector_layout(
+            self.sketch,
+            sizes,
+            (vector_dims, block.vector_shape),
+            ((*batch_dims, DIM_EIG), (*block.batch_shape, self.k)),
+        )
+
+    def _orthonormality(self, layout: VectorLayout) -> dict[str, JsonValue]:
+        """How far the Gram matrix of sketched eigenvectors is from the identity, for who checks it."""
+        if layout.sketch is None:
+            return {}
+        # k variances of at most 2/m on the diagonal, k(k-1) of at most 1/m beside it
+        return {"orthonormal_within": math.sqrt(self.k * (self.k + 1) / layout.sketch.m)}
 
 
 class Hessian(_Spectrum):
@@ -183,6 +217,12 @@ class Hessian(_Spectrum):
         Budget of Hessian-vector products a block; None for the solver's own.
     matrix_up_to
         Keep the whole block as ``matrix`` where it has at most this many parameters.
+    sketch
+        Numbers m that stand for an eigenvector of more than m components, on the dim
+        ``sketch`` (:mod:`hild_xr.sketch`), or a :class:`~hild_xr.sketch.JohnsonLindenstrauss`
+        with a seed. Sketches of orthonormal vectors are orthonormal only up to about
+        ``sqrt(k (k + 1) / m)``, the attr ``orthonormal_within`` (root mean square of
+        the Frobenius norm of :math:`U^T U - I`); analysis orthonormalises them.
     schedule
         Steps of this probe; None for the recorder's.
     group
@@ -194,6 +234,7 @@ class Hessian(_Spectrum):
         When the recorder starts, if a layer is unknown; the nearest name is suggested.
     ValueError
         When the recorder starts, if k exceeds the size of a block, or a layer is frozen.
+        At once, if ``sketch`` is below 2k.
 
     Examples
     --------
@@ -213,7 +254,7 @@ class GMatrix(_Spectrum):
 
     Parameters
     ----------
-    k, blocks, layers, which, tol, max_matvec, matrix_up_to, schedule, group
+    k, blocks, layers, which, tol, max_matvec, matrix_up_to, sketch, schedule, group
         As for :class:`Hessian`; groups are ``/gmatrix``, ``/gmatrix_rows``, ``/gmatrix_model``.
     include_regularizer
         Take the gradients of the regularised loss; by default those of the data part.
@@ -241,6 +282,7 @@ class GMatrix(_Spectrum):
         tol: float = 1e-3,
         max_matvec: int | None = None,
         matrix_up_to: int = 0,
+        sketch: SketchOption = None,
         schedule: Schedule | None = None,
         group: str | None = None,
         include_regularizer: bool = False,
@@ -253,6 +295,7 @@ class GMatrix(_Spectrum):
             tol=tol,
             max_matvec=max_matvec,
             matrix_up_to=matrix_up_to,
+            sketch=sketch,
             schedule=schedule,
             group=group,
         )
@@ -305,8 +348,8 @@ def _numbers(found: BlockSpectrum) -> dict[str, ArrayLike]:
     return {name: to_numpy(getattr(found, name)) for name in (*_PER_PAIR, *_SCALARS)}
 
 
-def _tensors(found: BlockSpectrum) -> dict[str, ArrayLike]:
-    tensors: dict[str, ArrayLike] = {"eigenvectors": to_numpy(found.eigenvectors)}
+def _tensors(found: BlockSpectrum, layout: VectorLayout) -> dict[str, ArrayLike | torch.Tensor]:
+    tensors: dict[str, ArrayLike | torch.Tensor] = {"eigenvectors": layout(found.eigenvectors)}
     if found.matrix is not None:
-        tensors["matrix"] = to_numpy(found.matrix)
+        tensors["matrix"] = found.matrix
     return tensors

@@ -90,3 +90,24 @@ def test_declared__replaces_name_and_attributes() -> None:
     assert result.name == "alignment"
     assert "note" not in result.attrs
     assert result.attrs["k"] == 3
+
+
+def sketched(**changed: object) -> xr.DataArray:
+    matrix = {"scheme": "osnap-splitmix64-1", "m": 4, "nonzeros": 4, "seed": 0, "layers": ["a"], "sizes": [9]}
+    return xr.DataArray(
+        np.ones((2, 4)),
+        dims=("eig", "sketch"),
+        attrs={"vector_dims": ["sketch"], "number_dim": "eig", "sketch": matrix | changed},
+    )
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"layers": ["b"]}, {"nonzeros": 2}, {"sizes": [8]}])
+def test_vector_dims_of__refuses_sketches_by_different_matrices(changed: dict[str, object]) -> None:
+    with pytest.raises(
+        ValueError, match=f"u and v are sketches by different matrices: {next(iter(changed))}"
+    ):
+        vector_dims_of({"u": sketched(), "v": sketched(**changed)})
+
+
+def test_vector_dims_of__takes_sketches_by_one_matrix_of_other_shapes() -> None:
+    assert vector_dims_of({"u": sketched(), "v": sketched(shape=[3, 3])}) == ("sketch",)
