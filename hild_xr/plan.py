@@ -181,7 +181,8 @@ class RunPlan(_Frozen):
     Raises
     ------
     ValueError
-        If there is no seed, a seed repeats, or there is no probe.
+        If there is no seed, a seed repeats, or there is no probe; if the config
+        or an attribute is no value of JSON, or holds NaN or infinity.
 
     Examples
     --------
@@ -210,6 +211,16 @@ class RunPlan(_Frozen):
             raise ValueError(
                 f"a probe's name becomes a folder and cannot be empty or hold '/': {broken[0]!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _is_json(self) -> RunPlan:
+        # NaN differs from itself, so no plan that holds one would match its own store
+        for place, number in _numbers("", self.model_dump()):
+            if not math.isfinite(number):
+                raise ValueError(
+                    f"{place} is {number}, which is no value of JSON: give None, or the text {str(number)!r}"
+                )
         return self
 
     @property
@@ -261,6 +272,18 @@ def _differences(where: str, asked: object, stored: object) -> Iterator[str]:
                 yield from _differences(place, asked[key], stored[key])
     elif asked != stored and not (asked is None and stored is None):
         yield f"{where}: {_in_words(asked)} asked for, {_in_words(stored)} in the store"
+
+
+def _numbers(where: str, value: object) -> Iterator[tuple[str, float]]:
+    """All floating-point numbers of nested values, with their places."""
+    if isinstance(value, float):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(f"{where}/{key}" if where else str(key), item)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _numbers(f"{where}/{i}", item)
 
 
 def _in_words(value: object) -> str:

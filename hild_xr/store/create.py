@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import glob
 import shutil
+import time
 import uuid
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
-from zarr.abc.store import Store
-from zarr.codecs import Crc32cCodec
-from zarr.errors import ZarrUserWarning
-from zarr.storage import LocalStore
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 
-from hild_xr.plan import OWN_NODE, ArrayPlan, CoordPlan, NodePlan, ProbePlan, RunPlan, full_dims
-from hild_xr.store.backends import Location, StoreLike, locate, written_whole
-from hild_xr.store.errors import NotAStoreError, PlanMismatchError
-from hild_xr.variables import DIM_SEED, DIM_STEP, DIMS, attrs
+from hild_xr.plan import RunPlan
+from hild_xr.store.backends import Location, StoreLike, locate
+from hild_xr.store.durable import DurableStore, sync_tree
+from hild_xr.store.errors import NotAStoreError, PlanMismatchError, StoreWriteError
+from hild_xr.store.fingerprint import ROOT_KEY
+from hild_xr.store.icechunk_session import BranchStore
+from hild_xr.store.layout import Document, encoded_document, files, root_document
+from hild_xr.store.root import CREATING, plan_of, read_root, stored_root
 
-MAX_CHUNK_BYTES = 8_000_000
-"""A record larger than this is split along its own dims: zarr writes such chunks fastest."""
+ABANDONED_SECONDS = 3600.0
+"""A half-made folder this old is that of a creator that was killed: one that lives needs seconds."""
 
 
 def create(target: StoreLike, plan: RunPlan, *, root_attrs: Mapping[str, Any] | None = None) -> Location:
@@ -30,14 +33,23 @@ def create(target: StoreLike, plan: RunPlan, *, root_attrs: Mapping[str, Any] | 
 
     Every array is created at its final shape with its true ``step`` and
     ``seed`` coordinates; chunks that were not written do not exist. Shapes never
-    change, so the consolidated metadata written here is never stale. A folder
-    appears at its name only when it is complete: processes that start together
-    end with one store.
+    change, so the consolidated metadata written here is never stale.
+
+    A store is seen only when it is complete, and creators that start together
+    end with one. A folder is made under another name and renamed. In an object
+    store the first to put the root wins, by a put on condition that it is not
+    there; the root shows its plan only after everything else was put, and
+    whoever comes meanwhile with an equal plan helps. If the creator dies, the
+    next one completes the store. An Icechunk repository gets one commit.
+
+    fsspec has no conditional put: two plans that are created at one URL of it
+    within a fraction of a second may both seem to win, until the first record.
 
     Parameters
     ----------
     target
-        Path of a folder that does not exist yet, or a zarr store.
+        Path of a folder that does not exist yet, a URL, or a store; see
+        :func:`hild_xr.store.backends.locate`.
     plan
         What the run will hold.
     root_attrs
@@ -54,6 +66,9 @@ def create(target: StoreLike, plan: RunPlan, *, root_attrs: Mapping[str, Any] | 
         If a store exists there whose plan differs; the differences are listed.
     NotAStoreError
         If something else exists there.
+    TypeError, ValueError
+        If ``root_attrs`` are not values of JSON, or the target cannot be
+        written to.
 
     Examples
     --------
@@ -68,12 +83,12 @@ def create(target: StoreLike, plan: RunPlan, *, root_attrs: Mapping[str, Any] | 
     True
     """
     location = locate(target)
-    if not _accept_existing(location, plan):
-        if location.path is None:
-            _build(location.store, plan, root_attrs or {})
-        else:
-            _build_beside_and_rename(location.path, plan, root_attrs or {})
-            _accept_existing(location, plan)
+    if location.path is not None:
+        _create_folder(location, location.path, plan, root_attrs or {})
+    elif isinstance(location.store, BranchStore):
+        _create_commit(location, location.store, plan, root_attrs or {})
+    else:
+        _create_objects(location, plan, root_attrs or {})
     return location
 
 
@@ -83,48 +98,43 @@ def stored_plan(target: StoreLike) -> RunPlan:
     Raises
     ------
     FileNotFoundError
-        If nothing is there.
+        If nothing is there, or the store is being created.
     NotAStoreError
-        If what is there was not written by hild-xr.
+        If what is there was not written by hild-xr, or is damaged.
+    StoreError
+        If it was written by a newer hild-xr that stores runs in another way.
     """
     location = locate(target, read_only=True)
-    if location.path is not None and not location.path.exists():
-        raise FileNotFoundError(f"no run at {location}")
-    try:
-        root = zarr.open_group(location.store, mode="r")
-    except (FileNotFoundError, zarr.errors.NodeTypeValidationError) as error:
-        raise NotAStoreError(f"{location} is not a Zarr group") from error
-    if "plan" not in root.attrs:
-        raise NotAStoreError(
-            f"{location} is a Zarr group that was not written by hild-xr (its attributes hold no plan); "
-            'read it with xarray.open_datatree(path, engine="zarr")'
-        )
-    return RunPlan.from_json(root.attrs["plan"])
+    return plan_of(read_root(location), location)
 
 
-def _accept_existing(location: Location, plan: RunPlan) -> bool:
-    """Whether a store with this plan is there; raise if something else is."""
-    if not _occupied(location):
-        return False
-    differences = plan.differences(stored_plan(location.store))
-    if differences:
-        raise PlanMismatchError(str(location), differences)
-    return True
+# Local folders: made under another name, then renamed
 
 
-def _occupied(location: Location) -> bool:
-    if location.path is None:
-        return bool(zarr.core.sync.sync(location.store.exists("zarr.json")))
-    if location.path.is_file():
-        raise NotAStoreError(f"{location} is a file; a run is recorded into a folder")
-    return location.path.exists() and any(location.path.iterdir())
+def _create_folder(location: Location, path: Path, plan: RunPlan, root_attrs: Mapping[str, Any]) -> None:
+    _sweep(path)
+    if not _is_taken(path):
+        durable = isinstance(location.store, DurableStore)
+        _make_beside_and_rename(path, files(root_document(plan, root_attrs)), durable=durable)
+    _accept(location, read_root(location), plan)
 
 
-def _build_beside_and_rename(path: Path, plan: RunPlan, root_attrs: Mapping[str, Any]) -> None:
+def _is_taken(path: Path) -> bool:
+    if path.is_file():
+        raise NotAStoreError(f"{path} is a file; a run is recorded into a folder")
+    return path.exists() and any(path.iterdir())
+
+
+def _make_beside_and_rename(path: Path, contents: Mapping[str, bytes], *, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
     try:
-        _build(LocalStore(scratch), plan, root_attrs)
+        for key, content in contents.items():
+            file = scratch / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        if durable:  # else the name could outlive a power failure and its contents not
+            sync_tree(scratch)
         try:
             scratch.rename(path)
         except OSError:
@@ -136,92 +146,100 @@ def _build_beside_and_rename(path: Path, plan: RunPlan, root_attrs: Mapping[str,
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _build(store: Store, plan: RunPlan, root_attrs: Mapping[str, Any]) -> None:
-    root = zarr.create_group(
-        store,
-        attributes={
-            "schema_version": plan.schema_version,
-            "config": plan.config,
-            "plan": plan.to_json(),
-            **root_attrs,
-        },
-    )
-    for name, probe in plan.probes.items():
-        _build_probe(root.create_group(name, attributes=dict(probe.attrs)), plan.seeds, probe)
-    with warnings.catch_warnings():
-        # Consolidated metadata is an extension that zarr and xarray both read; without it opening a
-        # store costs one request a node.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(store)
+def _sweep(path: Path) -> None:
+    """Delete what creators of this path left that were killed a good while ago."""
+    if not path.parent.is_dir():
+        return
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
+        try:
+            age = time.time() - scratch.stat().st_mtime
+        except FileNotFoundError:
+            continue  # its creator has just finished
+        if age > ABANDONED_SECONDS:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _build_probe(group: zarr.Group, seeds: tuple[int, ...], probe: ProbePlan) -> None:
-    extent = (len(seeds), len(probe.steps))
-    _write_coord(group, CoordPlan(dim=DIM_SEED, values=seeds))
-    _write_coord(group, CoordPlan(dim=DIM_STEP, values=probe.steps, attrs={"units": "1"}))
-    group.create_array(
-        "committed",
-        shape=extent,
-        chunks=(1, extent[1]),
-        dtype="uint16",
-        fill_value=0,
-        compressors=[Crc32cCodec()],
-        dimension_names=(DIM_SEED, DIM_STEP),
-        attributes=_json(attrs("committed")),
-    )
-    for name, node in probe.nodes.items():
-        _build_node(group if name == OWN_NODE else group.create_group(name), extent, node)
+# Icechunk: everything in one commit
 
 
-def _build_node(group: zarr.Group, extent: tuple[int, int], node: NodePlan) -> None:
-    for name, coord in node.coords.items():
-        _write_coord(group, coord, name)
-    for name, array in node.arrays.items():
-        group.create_array(
-            name,
-            shape=(*extent, *array.shape),
-            chunks=(1, min(array.block_steps, extent[1]), *record_chunks(array)),
-            dtype=array.dtype,
-            fill_value=array.fill_value,
-            compressors=[Crc32cCodec()],
-            dimension_names=full_dims(array),
-            attributes=_json(attrs(array.variable, **array.attrs)),
+def _create_commit(
+    location: Location, branch: BranchStore, plan: RunPlan, root_attrs: Mapping[str, Any]
+) -> None:
+    if stored_root(location) is None:
+        _refuse_other_keys(location)
+        _put(location, files(root_document(plan, root_attrs)))
+        try:
+            branch.commit(f"create a run of {len(plan.seeds)} seeds and the probes {', '.join(plan.probes)}")
+        except StoreWriteError:
+            branch.renew()  # another creator was first; if nobody was, the next line says so
+    _accept(location, read_root(location), plan)
+
+
+# Other stores: the root is put on condition that it is not there, and shows its plan last
+
+
+def _create_objects(location: Location, plan: RunPlan, root_attrs: Mapping[str, Any]) -> None:
+    root = stored_root(location)
+    if root is None:
+        _refuse_other_keys(location)
+        document = root_document(plan, root_attrs)
+        claim = {"attributes": {CREATING: document}, "zarr_format": 3, "node_type": "group"}
+        _put(location, {ROOT_KEY: encoded_document(claim)})
+        root = stored_root(location)
+    claimed = {} if root is None else root.get("attributes", {}).get(CREATING)
+    if not claimed:
+        _accept(location, read_root(location), plan)
+        return
+    _accept(location, claimed, plan)
+    _complete(location, claimed)
+
+
+def _complete(location: Location, document: Document) -> None:
+    """Put all files of a run that was begun; several creators may do so at once."""
+    contents = files(document)
+    final = contents.pop(ROOT_KEY)
+    _put(location, contents)
+    root = stored_root(location)
+    if root is not None and CREATING in root["attributes"]:
+        sync(location.store.set(ROOT_KEY, default_buffer_prototype().buffer.from_bytes(final)))
+
+
+def _put(location: Location, contents: Mapping[str, bytes]) -> None:
+    """Put the files that are not there yet, many at once; Icechunk takes no chunk before its array."""
+    metadata = {key: content for key, content in contents.items() if key.endswith(ROOT_KEY)}
+    sync(_put_all(location, metadata))
+    sync(_put_all(location, {key: content for key, content in contents.items() if key not in metadata}))
+
+
+async def _put_all(location: Location, contents: Mapping[str, bytes]) -> None:
+    limit = asyncio.Semaphore(zarr.config.get("async.concurrency"))
+    buffer = default_buffer_prototype().buffer
+
+    async def put(key: str, content: bytes) -> None:
+        async with limit:
+            await location.store.set_if_not_exists(key, buffer.from_bytes(content))
+
+    await asyncio.gather(*(put(key, content) for key, content in contents.items()))
+
+
+def _refuse_other_keys(location: Location) -> None:
+    """Refuse a place that holds something but no root: a run begins with its root, and ends with it."""
+    other = sync(_first_key(location))
+    if other is not None and stored_root(location) is None:
+        raise NotAStoreError(
+            f"{location} holds no run but something else, such as {other!r}; nothing was written. Delete "
+            "what is left of an older run there, or choose another place"
         )
 
 
-def record_chunks(array: ArrayPlan) -> tuple[int, ...]:
-    """Chunk extents of one record: whole, or split along its leading dims above :data:`MAX_CHUNK_BYTES`.
-
-    Examples
-    --------
-    >>> record_chunks(ArrayPlan(variable="weight", dims=("out", "in"), shape=(4000, 1000), dtype="float32"))
-    (2000, 1000)
-    """
-    chunks = list(array.shape)
-    for axis in range(len(chunks)):
-        nbytes = int(np.prod(chunks)) * np.dtype(array.dtype).itemsize
-        if nbytes <= MAX_CHUNK_BYTES:
-            break
-        chunks[axis] = max(1, chunks[axis] * MAX_CHUNK_BYTES // nbytes)
-    return tuple(max(1, extent) for extent in chunks)
+async def _first_key(location: Location) -> str | None:
+    async for key in location.store.list():
+        return key
+    return None
 
 
-def _write_coord(group: zarr.Group, coord: CoordPlan, name: str | None = None) -> None:
-    text = bool(coord.values) and isinstance(coord.values[0], str)
-    values = np.asarray(coord.values, dtype=object if text else np.int64)
-    described = {"long_name": coord.dim, "description": DIMS.get(coord.dim, coord.dim), **coord.attrs}
-    array = group.create_array(
-        name or coord.dim,
-        shape=values.shape,
-        chunks=(max(1, len(values)),),
-        dtype=str if text else np.int64,
-        compressors=[Crc32cCodec()],
-        dimension_names=(coord.dim,),
-        attributes=_json(described),
-    )
-    written_whole(array)[:] = values
-
-
-def _json(attributes: Mapping[str, object]) -> dict[str, Any]:
-    """Attributes under the type that zarr declares for them."""
-    return dict(attributes)
+def _accept(location: Location, root: Document, plan: RunPlan) -> None:
+    """Raise unless the plan that is stored is equal."""
+    differences = plan.differences(plan_of(root, location))
+    if differences:
+        raise PlanMismatchError(str(location), differences)
