@@ -37,9 +37,21 @@ class WriterBusyError(StoreError):
     """Another live process writes the same seed."""
 
 
+class NotEnoughSpaceError(StoreError):
+    """The disk has no room for what is planned."""
+
+
 class StoreWriteError(StoreError):
     """A flush failed; what was committed before is untouched."""
 
 
 class MissingRecordsWarning(UserWarning):
     """A seed goes on from a checkpoint before which records were lost; they stay NaN in the data."""
+
+
+class DamagedRecordError(StoreError):
+    """A committed record cannot be read: its file is gone, or its checksum differs."""
+
+
+class RecordsWithdrawnWarning(UserWarning):
+    """Records that a tree saw at opening were withdrawn by a resume; they read as missing in it."""

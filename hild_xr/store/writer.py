@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
-from zarr.core.sync import sync
 
-from hild_xr.plan import ArrayPlan, ProbePlan, RunPlan
-from hild_xr.store.backends import Location, StoreLike, written_whole, zarr_array, zarr_group
+from hild_xr.plan import ProbePlan, RunPlan
+from hild_xr.store.backends import Location, StoreLike, locate, zarr_array, zarr_group
+from hild_xr.store.block import Block, check_codecs, chunk_key, encoded, exists, put_chunks
 from hild_xr.store.create import create
-from hild_xr.store.errors import MissingRecordsWarning, RecordsExistError, StoreWriteError
-from hild_xr.store.lease import Lease
+from hild_xr.store.durable import durable_location, sync_tree
+from hild_xr.store.errors import MissingRecordsWarning, RecordsExistError, StoreWriteError, WriterBusyError
+from hild_xr.store.lease import Lease, lease_for
+from hild_xr.store.raw import read_keys
 
 Record = Mapping[str, Mapping[str, ArrayLike]]
 """Values of one record: ``{node: {array name: value}}``, each at its planned shape."""
@@ -30,6 +31,8 @@ class RunWriter:
     arrays of the probe are written and then the probe's marker row is replaced
     in one atomic write (store contract, point 3). What is committed is never
     lost and never half visible.
+
+    One thread at a time uses a writer; it need not be the one that made it.
 
     Parameters
     ----------
@@ -46,22 +49,31 @@ class RunWriter:
         Flush a probe that was not flushed for this long, at its next record.
     root_attrs
         Further attributes of the root if the store is created, e.g. provenance.
+    durable
+        Outlive a power failure too: in a local folder every file and its folder
+        are synced to the disk before the marker moves, and the marker likewise.
+        Without it what is committed outlives the process, however that ends, but
+        not the machine. An object store answers a write only when it is durable,
+        so there the option changes nothing.
 
     Raises
     ------
     ValueError
-        If the seed is not one of the plan's.
+        If the seed is not one of the plan's, or ``durable`` is asked of a store
+        that cannot be, such as one in memory.
     RecordsExistError
         If the seed has records and ``resume_at`` is None.
     WriterBusyError
-        If a live process writes the same seed.
+        If a live process writes the same seed. Where a file lock tells a dead
+        process from a live one (a local folder), that is known at once; elsewhere
+        it takes up to :data:`hild_xr.store.store_lease.TAKEOVER_SECONDS`.
     PlanMismatchError, NotAStoreError
         As :func:`hild_xr.store.create.create`.
 
     Examples
     --------
     >>> from zarr.storage import MemoryStore
-    >>> from hild_xr.plan import NodePlan
+    >>> from hild_xr.plan import ArrayPlan, NodePlan
     >>> arrays = {"train_loss": ArrayPlan(variable="train_loss")}
     >>> metrics = ProbePlan(steps=(0, 5), nodes={"": NodePlan(arrays=arrays)})
     >>> plan = RunPlan(seeds=(0,), probes={"metrics": metrics})
@@ -83,19 +95,31 @@ class RunWriter:
         resume_at: int | None = None,
         flush_seconds: float = 30.0,
         root_attrs: Mapping[str, object] | None = None,
+        durable: bool = False,
     ) -> None:
         if seed not in plan.seeds:
             raise ValueError(
                 f"seed {seed} is not one of the planned seeds {plan.seeds}; plan it with seeds=..."
             )
-        self.location: Location = create(target, plan, root_attrs=root_attrs)
-        self._lease = Lease(self.location.path, seed) if self.location.path is not None else None
+        location = durable_location(locate(target)) if durable else locate(target)
+        self.location: Location = create(location, plan, root_attrs=root_attrs)
+        if durable and location.path is not None:
+            sync_tree(location.path)  # also what an earlier writer left to the operating system
+        self._seed, self._closed = seed, False
+        self._lease: Lease | None = lease_for(self.location, plan, seed)
         try:
             root = zarr.open_group(self.location.store, mode="r+", use_consolidated=True)
             row = plan.seeds.index(seed)
             self._probes = {
                 name: _ProbeWriter(
-                    zarr_group(root, name), name, probe, row, flush_seconds, str(self.location)
+                    zarr_group(root, name),
+                    name,
+                    probe,
+                    row,
+                    flush_seconds=flush_seconds,
+                    where=str(self.location),
+                    check=self._check_lease,
+                    commit=self._commit,
                 )
                 for name, probe in plan.probes.items()
             }
@@ -127,20 +151,46 @@ class RunWriter:
         Raises
         ------
         ValueError
-            If the step is not planned or comes out of order, or an array is
-            missing, unplanned or of another shape. Nothing of the record is kept.
+            If the probe or the step is not planned, the step comes out of order,
+            an array is missing, unplanned or of another shape, or the writer is
+            closed. Nothing of the record is kept.
         StoreWriteError
-            If a flush fails, e.g. because the disk is full. Everything
-            committed before stays as it is.
+            If a flush fails, e.g. because the disk is full, or because another
+            process took the seed over. Everything committed before stays as it
+            is, and what is buffered stays buffered: a later flush writes it if
+            the cause is gone. Whether this record is in the buffer says
+            :meth:`holds`; if it is not, write it again.
         """
-        self._probes[probe].write(step, record)
+        if self._closed:
+            raise ValueError(
+                f"the writer of {self._what()} is closed; make a new RunWriter with resume_at=..."
+            )
+        self._probe(probe).write(step, record)
 
     def holds(self, probe: str, step: int) -> bool:
-        """Whether a planned step of a probe is recorded, or passed by."""
-        return self._probes[probe].holds(step)
+        """Whether a planned step of a probe is recorded, or passed by.
+
+        Raises
+        ------
+        ValueError
+            If the probe or the step is not planned.
+        """
+        return self._probe(probe).holds(step)
 
     def flush(self) -> None:
-        """Write and commit everything buffered; a probe that fails does not hold up the others."""
+        """Write and commit everything buffered; a probe that fails does not hold up the others.
+
+        Raises
+        ------
+        StoreWriteError
+            If a probe could not be written.
+        ValueError
+            If the writer was closed before everything was written.
+        """
+        if self._closed:
+            if any(probe.is_pending() for probe in self._probes.values()):
+                raise ValueError(f"the writer of {self._what()} was closed before everything was written")
+            return
         failed: list[StoreWriteError] = []
         for probe in self._probes.values():
             try:
@@ -151,16 +201,40 @@ class RunWriter:
             raise failed[0]
 
     def close(self) -> None:
-        """Flush and give the lease back; a second call does nothing."""
+        """Flush and give the lease back, also if the flush fails; a second call does nothing.
+
+        Raises
+        ------
+        StoreWriteError
+            If a probe could not be written.
+        """
+        if self._closed:
+            return
         try:
             self.flush()
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Give the lease back without flushing."""
+        """Give the lease back without flushing; nothing can be written afterwards."""
+        self._closed = True
         if self._lease is not None:
             self._lease.release()
+
+    def _what(self) -> str:
+        return f"seed {self._seed} of {self.location}"
+
+    def _probe(self, name: str) -> _ProbeWriter:
+        if name not in self._probes:
+            raise ValueError(f"no probe {name!r} is planned; the plan has {sorted(self._probes)}")
+        return self._probes[name]
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
+    def _commit(self, done: str) -> None:
+        self.location.commit(f"seed {self._seed}: {done}")
 
     def _start(self, seed: int, resume_at: int | None) -> None:
         last = max(probe.last_committed_step() for probe in self._probes.values())
@@ -170,25 +244,44 @@ class RunWriter:
                 "changed. Record into another path, or go on from a checkpoint with resume=True, "
                 "start_step=<its step>."
             )
-        attempt = 1 + max(probe.last_attempt() for probe in self._probes.values())
+        seen = max(probe.last_attempt() for probe in self._probes.values())
+        # Icechunk takes no lease: its readers see one snapshot, whatever number comes later
+        attempt = 1 + seen if self._lease is None else self._lease.next_attempt(seen)
         for probe in self._probes.values():
             probe.start(attempt, -1 if resume_at is None else resume_at)
+        self._commit(f"attempt {attempt} begins")
 
 
 class _ProbeWriter:
-    """Buffers of one probe of one seed, and its marker row."""
+    """Blocks of one probe of one seed, and its marker row.
+
+    ``check`` raises WriterBusyError once the seed is another's; ``commit`` takes a sentence on what was done.
+    """
 
     def __init__(
-        self, group: zarr.Group, name: str, plan: ProbePlan, row: int, flush_seconds: float, where: str
+        self,
+        group: zarr.Group,
+        name: str,
+        plan: ProbePlan,
+        row: int,
+        *,
+        flush_seconds: float,
+        where: str,
+        check: Callable[[], None],
+        commit: Callable[[str], None],
     ) -> None:
+        self._check, self._commit = check, commit
         self._name, self._plan, self._row, self._where = name, plan, row, where
         self._index = {step: i for i, step in enumerate(plan.steps)}
-        self._marker = written_whole(zarr_array(group, "committed"))
+        self._marker = zarr_array(group, "committed")
+        check_codecs(self._marker)
         self._committed: NDArray[np.uint16] = np.asarray(self._marker[row])
-        self._buffers = {
-            (node, array): _Buffer(written_whole(zarr_array(group, _place((node, array)))), planned, row)
+        self._blocks = {
+            (node, array): Block(zarr_array(group, _place((node, array))), planned, row)
             for node, array, planned in plan.arrays()
         }
+        self._marker_key = chunk_key(self._marker, (row, 0))
+        self._own_markers: list[bytes] = []
         self._pending: list[int] = []
         self._flush_seconds = flush_seconds
         self._flushed_at = time.monotonic()
@@ -207,7 +300,7 @@ class _ProbeWriter:
         keep = int(np.searchsorted(self._plan.steps, keep_until, side="right"))
         self._committed[keep:] = 0
         # Also for a new seed: from here on a marker that is missing was lost, not never written.
-        self._marker[self._row] = self._committed
+        self._mark(self._committed)
         if keep and self._plan.steps[keep - 1] == keep_until and not self._committed[keep - 1]:
             keep -= 1  # the training state of this record is at hand again: it can be made now
         lost = int((self._committed[:keep] == 0).sum())
@@ -219,119 +312,98 @@ class _ProbeWriter:
                 stacklevel=2,
             )
         self._next = keep
-        for buffer in self._buffers.values():
-            buffer.reload(keep)
+        for block in self._blocks.values():
+            block.reload(keep)
 
     def holds(self, step: int) -> bool:
-        return self._index[step] < self._next
+        return self._planned(step) < self._next
+
+    def is_pending(self) -> bool:
+        """Whether something is buffered that is not committed."""
+        return bool(self._pending)
 
     def write(self, step: int, record: Record) -> None:
-        index = self._index.get(step)
-        if index is None:
-            raise ValueError(f"probe {self._name!r} has no record planned at step {step}")
+        index = self._planned(step)
         if index < self._next:
             raise ValueError(
                 f"probe {self._name!r}: step {step} comes after step {self._plan.steps[self._next - 1]}"
             )
         values = self._checked(record)
-        if self._pending and (
-            self._is_overdue() or any(b.leaves_block(index) for b in self._buffers.values())
-        ):
+        if any(block.leaves(index) for block in self._blocks.values()):
             self.flush()
-        for key, buffer in self._buffers.items():
-            buffer.put(index, values[key])
+        for key, block in self._blocks.items():
+            block.put(index, values[key])
         self._pending.append(index)
         self._next = index + 1
-        if any(buffer.ends_block(index) for buffer in self._buffers.values()):
+        if self._is_overdue() or any(block.ends(index) for block in self._blocks.values()):
             self.flush()
 
     def flush(self) -> None:
         if not self._pending:
             return
+        first, last = (self._plan.steps[i] for i in (self._pending[0], self._pending[-1]))
+        records = f"the records of probe {self._name!r} at steps {first} to {last}"
         try:
-            if not sync(self._marker.store.exists(f"{self._marker.path}/zarr.json")):
+            self._check()
+            if not exists(self._marker.store, f"{self._marker.path}/zarr.json"):
                 # zarr would write chunks into nowhere, which nothing could read
                 raise FileNotFoundError("the store is gone: it was deleted or moved while it was written")
-            for buffer in self._buffers.values():
-                buffer.flush()
-            marked = self._committed.copy()
-            marked[self._pending] = self._attempt
-            self._marker[self._row] = marked
+            put_chunks(self._marker.store, (c for block in self._blocks.values() for c in block.chunks()))
+            marked = self._replace_marker()
+            self._commit(f"{self._name}, steps {first} to {last}")
+        except WriterBusyError as error:
+            raise StoreWriteError(
+                f"{records} were not written into {self._where}: {error}. "
+                "Stop this training, or record it into another store."
+            ) from error
         except Exception as error:
-            first, last = (self._plan.steps[i] for i in (self._pending[0], self._pending[-1]))
             safe = self.last_committed_step()
             kept = "Nothing was committed before."
             if safe >= 0:
                 kept = f"Everything committed before (up to step {safe}) is safe."
             raise StoreWriteError(
-                f"could not write the records of probe {self._name!r} at steps {first} to {last} into "
-                f"{self._where}: {error}. {kept} Mend the cause, then go on from a checkpoint with "
-                "resume=True, start_step=<its step>."
+                f"could not write {records} into {self._where}: {error}. {kept} Mend the cause, then flush "
+                "again, or go on from a checkpoint with resume=True, start_step=<its step>."
             ) from error
         self._committed = marked
         self._pending.clear()
         self._flushed_at = time.monotonic()
+
+    def _replace_marker(self) -> NDArray[np.uint16]:
+        # Again, for the blocks may have taken long. The row itself tells of a writer that no lease held off.
+        self._check()
+        (stored,) = read_keys(self._marker.store, [self._marker_key])
+        if stored not in self._own_markers:
+            raise WriterBusyError("another process has written this seed meanwhile: its marker has changed")
+        marked = self._committed.copy()
+        marked[self._pending] = self._attempt
+        self._mark(marked)
+        return marked
+
+    def _planned(self, step: int) -> int:
+        if step not in self._index:
+            raise ValueError(f"probe {self._name!r} has no record planned at step {step}")
+        return self._index[step]
+
+    def _mark(self, committed: NDArray[np.uint16]) -> None:
+        """Replace the marker row in one atomic write."""
+        row = encoded(committed)
+        self._own_markers.append(row.to_bytes())  # before: a write that fails may have arrived all the same
+        put_chunks(self._marker.store, [(self._marker_key, row)])
+        del self._own_markers[:-1]
 
     def _is_overdue(self) -> bool:
         return time.monotonic() - self._flushed_at > self._flush_seconds
 
     def _checked(self, record: Record) -> dict[tuple[str, str], NDArray[np.generic]]:
         given = {(node, array): value for node, arrays in record.items() for array, value in arrays.items()}
-        if given.keys() != self._buffers.keys():
-            missing = sorted(_place(key) for key in self._buffers.keys() - given.keys())
-            surplus = sorted(_place(key) for key in given.keys() - self._buffers.keys())
+        if given.keys() != self._blocks.keys():
+            missing = sorted(_place(key) for key in self._blocks.keys() - given.keys())
+            surplus = sorted(_place(key) for key in given.keys() - self._blocks.keys())
             raise ValueError(
                 f"record of probe {self._name!r}: missing arrays {missing}, unplanned arrays {surplus}"
             )
-        return {key: self._buffers[key].checked(_place(key), value) for key, value in given.items()}
-
-
-class _Buffer:
-    """The chunk-to-be of one array: all steps of the block that is being filled."""
-
-    def __init__(self, array: zarr.Array[Any], plan: ArrayPlan, row: int) -> None:
-        self._array, self._row = array, row
-        self._shape, self._dtype, self._fill = plan.shape, np.dtype(plan.dtype), plan.fill_value
-        # the store's own chunk length: an older version may have chosen another
-        self._length = int(array.chunks[1])
-        self._block = -1
-        self._values: NDArray[np.generic] = np.empty(0)
-
-    def checked(self, place: str, value: ArrayLike) -> NDArray[np.generic]:
-        values = np.asarray(value)
-        if values.shape != self._shape:
-            raise ValueError(f"{place}: expected shape {self._shape}, got {values.shape}")
-        return values.astype(self._dtype, copy=False)
-
-    def leaves_block(self, index: int) -> bool:
-        return self._block >= 0 and index // self._length != self._block
-
-    def ends_block(self, index: int) -> bool:
-        return (index + 1) % self._length == 0 or index + 1 == self._array.shape[1]
-
-    def put(self, index: int, value: NDArray[np.generic]) -> None:
-        """Copy one step's value into the block; the caller may change it afterwards."""
-        if index // self._length != self._block:
-            self._begin(index // self._length)
-        self._values[index % self._length] = value
-
-    def reload(self, keep: int) -> None:
-        """Take the kept records of the part-filled block back, so that it is rewritten whole."""
-        self._block = -1
-        block, kept = divmod(keep, self._length)
-        if kept:
-            self._begin(block)
-            start = block * self._length
-            self._values[:kept] = self._array[self._row, start : start + kept]
-
-    def flush(self) -> None:
-        start = self._block * self._length
-        stop = min(start + self._length, self._array.shape[1])
-        self._array[self._row, start:stop] = self._values[: stop - start]
-
-    def _begin(self, block: int) -> None:
-        self._block = block
-        self._values = np.full((self._length, *self._shape), self._fill, dtype=self._dtype)
+        return {key: self._blocks[key].checked(_place(key), value) for key, value in given.items()}
 
 
 def _place(key: tuple[str, str]) -> str:
