@@ -49,7 +49,10 @@ def _variable(labelled: Labelled, name: str) -> xr.DataArray:
 
 
 class HildAccessor:
-    """Methods of :mod:`hild_xr.analysis` on labelled data; options are those of the functions."""
+    """Methods of :mod:`hild_xr.analysis` on labelled data; options are those of the functions.
+
+    Of a tree from ``hx.open`` there is also :meth:`refresh`.
+    """
 
     def __init__(self, labelled: Labelled) -> None:
         self._labelled = labelled
@@ -85,6 +88,25 @@ class HildAccessor:
     def rank(self, **options: Any) -> xr.Dataset:
         """Numerical, stable and effective rank: :func:`hild_xr.analysis.rank`."""
         return self._dataset("rank", "eigenvalues", **options)
+
+    def refresh(self) -> xr.DataTree:
+        """Show what is committed now, without opening anew: :func:`hild_xr.store.refresh_run`.
+
+        Raises
+        ------
+        TypeError
+            If this is no tree.
+        ValueError
+            If the tree does not come from ``hx.open``.
+        """
+        if not isinstance(self._labelled, xr.DataTree):
+            raise TypeError(
+                f"a {type(self._labelled).__name__} does not know its run; refresh the tree that hx.open "
+                "returned, or open the run again with hx.open(path)"
+            )
+        from hild_xr.store import refresh_run
+
+        return refresh_run(self._labelled)
 
     def _apply(self, function: str, variable: str, *arguments: object, **options: Any) -> Any:
         return _analysis(function)(_variable(self._labelled, variable), *arguments, **options)

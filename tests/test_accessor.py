@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from zarr.storage import MemoryStore
 
 import hild_xr.accessor  # noqa: F401  # registers .hild
 from hild_xr import analysis
 from hild_xr.accessor import HildAccessor
+from hild_xr.store import RunWriter, open_run
+from hild_xr.testing import random_record, spectrum_plan
 
 
 def run() -> xr.DataTree:
@@ -62,8 +65,8 @@ def test_methods__give_what_the_functions_give(kind: str) -> None:
 
 def test_methods__have_the_names_of_public_functions() -> None:
     methods = {name for name, _ in inspect.getmembers(HildAccessor, inspect.isfunction) if name[0] != "_"}
-    assert methods <= set(analysis.__all__)
-    assert len(methods) == 8
+    assert methods - {"refresh"} <= set(analysis.__all__)
+    assert len(methods) == 9
 
 
 def test_methods__name_the_nodes_that_have_the_variable() -> None:
@@ -74,6 +77,21 @@ def test_methods__name_the_nodes_that_have_the_variable() -> None:
         TREE.hild.pairwise_angles()
     with pytest.raises(KeyError, match=r"came \['weight'\]; pass the DataArray itself"):
         WEIGHT.to_dataset().hild.outliers()
+
+
+def test_refresh__shows_what_was_committed_since() -> None:
+    store, plan = MemoryStore(), spectrum_plan()
+    with RunWriter(store, plan, 0) as writer:
+        tree = open_run(store)
+        writer.write("metrics", 0, random_record(plan, "metrics", seed=0, step=0))
+    assert tree.hild.refresh()["metrics"].sizes["step"] == 1
+
+
+def test_refresh__of_data_that_do_not_know_their_run_says_to_open_it() -> None:
+    with pytest.raises(ValueError, match=r"Open the run again with hx.open\(path\)"):
+        TREE.hild.refresh()
+    with pytest.raises(TypeError, match=r"a DataArray does not know its run.*hx.open\(path\)"):
+        WEIGHT["weight"].hild.refresh()
 
 
 def test_import__loads_no_analysis_until_a_method_is_called() -> None:

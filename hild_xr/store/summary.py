@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import zarr
-
-from hild_xr.store.backends import StoreLike, locate, zarr_array
-from hild_xr.store.create import stored_plan
+from hild_xr.store.backends import StoreLike
+from hild_xr.store.contents import read_contents, read_markers
 
 
 def summarise(target: StoreLike) -> dict[str, Any]:
@@ -28,7 +25,7 @@ def summarise(target: StoreLike) -> dict[str, Any]:
 
     Raises
     ------
-    FileNotFoundError, NotAStoreError
+    FileNotFoundError, NotAStoreError, DamagedRecordError
         As :func:`hild_xr.store.open_run`.
 
     Examples
@@ -41,11 +38,11 @@ def summarise(target: StoreLike) -> dict[str, Any]:
     >>> summarise(store)["probes"]["hessian"]["committed"]
     0
     """
-    plan, location = stored_plan(target), locate(target, read_only=True)
-    root = zarr.open_group(location.store, mode="r")
+    contents = read_contents(target)
+    plan, markers = contents.plan, read_markers(contents)
     probes = {}
     for name, probe in plan.probes.items():
-        committed = np.asarray(zarr_array(root, f"{name}/committed")[:]) > 0
+        committed = markers[name] > 0
         probes[name] = {
             "planned": int(committed.size),
             "committed": int(committed.sum()),
@@ -54,11 +51,11 @@ def summarise(target: StoreLike) -> dict[str, Any]:
             "attrs": dict(probe.attrs),
         }
     return {
-        "path": str(location),
+        "path": str(contents.location),
         "schema_version": plan.schema_version,
         "seeds": list(plan.seeds),
         "config": dict(plan.config),
-        "provenance": root.attrs.get("provenance"),
+        "provenance": contents.attributes("").get("provenance"),
         "nbytes": plan.nbytes,
         "probes": probes,
     }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hild_xr.store import RunWriter, recorded_seeds
+from hild_xr.store import DamagedRecordError, RunWriter, recorded_seeds
 from hild_xr.store.summary import summarise
 from hild_xr.testing import random_record, spectrum_plan
 
@@ -32,3 +32,12 @@ def test_summary_and_recorded_seeds__count_committed_records(tmp_path: Path) -> 
 def test_summary__of_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run at"):
         summarise(tmp_path / "absent.zarr")
+
+
+def test_summary_and_recorded_seeds__name_a_damaged_marker(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    RunWriter(path, spectrum_plan(), 0).close()
+    (path / "weights/committed/c/0/0").write_bytes(b"damaged")
+    for read in (summarise, recorded_seeds):
+        with pytest.raises(DamagedRecordError, match="weights/committed"):
+            read(path)
