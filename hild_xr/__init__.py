@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from hild_xr import accessor as accessor
     from hild_xr import analysis as analysis
     from hild_xr import recorders as recorders
+    from hild_xr import sketch as sketch
     from hild_xr.plan import RunPlan as RunPlan
     from hild_xr.store import create as create
     from hild_xr.store import open_run as open  # noqa: A004  as gzip.open and xarray's siblings: hx.open
+    from hild_xr.store import validate as validate
 
 __version__ = "0.1.0"
 
@@ -36,9 +38,21 @@ _LAZY = {
     "create": ("hild_xr.store", "create"),
     "open": ("hild_xr.store", "open_run"),
     "recorders": ("hild_xr.recorders", None),
+    "sketch": ("hild_xr.sketch", None),
+    "validate": ("hild_xr.store", "validate"),
 }
 
-__all__ = ["RunPlan", "__version__", "accessor", "analysis", "create", "open", "recorders"]
+__all__ = [
+    "RunPlan",
+    "__version__",
+    "accessor",
+    "analysis",
+    "create",
+    "open",
+    "recorders",
+    "sketch",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> object:

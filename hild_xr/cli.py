@@ -89,6 +89,28 @@ def info(
     typer.echo(json.dumps(summary, indent=2) if as_json else _summary_text(summary))
 
 
+@app.command()
+def validate(
+    run: Annotated[str, typer.Argument(help="Path or URL of a stored run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a stored run: metadata, labels, every chunk's checksum, and what the numbers must obey.
+
+    Prints what is wrong, where, and what to do. The exit code is 0 if the run is
+    sound, 1 if something is wrong, and 2 if there is no run.
+    """
+    from hild_xr.store import validate as check
+
+    report = check(run)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        for line in report.lines():
+            typer.echo(line)
+    if not report.ok:
+        raise typer.Exit(EXIT_WRONG)
+
+
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table

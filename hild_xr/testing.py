@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from hild_xr.plan import ArrayPlan, CoordPlan, NodePlan, ProbePlan, RunPlan
 from hild_xr.store import Record
+from hild_xr.variables import DIM_EIG
 
 
 def spectrum_plan(
@@ -70,6 +74,8 @@ def spectrum_plan(
 def random_record(plan: RunPlan, probe: str, *, seed: int, step: int, attempt: int = 1) -> Record:
     """Draw a record whose numbers follow from its place, so that a reader can check them.
 
+    The numbers are sound: eigenvalues are sorted, eigenvectors orthonormal.
+
     Parameters
     ----------
     plan
@@ -84,6 +90,11 @@ def random_record(plan: RunPlan, probe: str, *, seed: int, step: int, attempt: i
     dict
         ``{node: {array: value}}``.
 
+    Raises
+    ------
+    ValueError
+        If more eigenvectors are planned than there are dimensions.
+
     Examples
     --------
     >>> plan = spectrum_plan()
@@ -91,8 +102,40 @@ def random_record(plan: RunPlan, probe: str, *, seed: int, step: int, attempt: i
     ()
     """
     rng = np.random.default_rng([seed, step, attempt])
-    record: dict[str, dict[str, np.ndarray]] = {node: {} for node in plan.probes[probe].nodes}
-    for node, name, array in plan.probes[probe].arrays():
-        drawn = rng.integers(0, 100, size=array.shape) / 7
-        record[node][name] = np.asarray(drawn).astype(array.dtype)
+    contents = plan.probes[probe]
+    record: dict[str, dict[str, np.ndarray]] = {node: {} for node in contents.nodes}
+    for node, name, array in contents.arrays():
+        drawn = np.asarray(rng.integers(0, 100, size=array.shape) / 7)
+        if array.variable == "eigenvalues":
+            drawn = _sorted(drawn, array.dims.index(DIM_EIG), str(contents.attrs.get("which", "magnitude")))
+        if array.variable == "eigenvectors":
+            drawn = _orthonormal(rng, array)
+        record[node][name] = drawn.astype(array.dtype)
     return record
+
+
+def _sorted(values: NDArray[np.float64], axis: int, which: str) -> NDArray[np.float64]:
+    """Sort numbers, none of them negative, as the group's attribute ``which`` says."""
+    ascending = np.sort(values, axis=axis)
+    return ascending if which == "smallest" else np.flip(ascending, axis=axis)
+
+
+def _orthonormal(rng: np.random.Generator, array: ArrayPlan) -> NDArray[np.float64]:
+    """Draw orthonormal vectors: signs on disjoint coordinates, all reflected at one random plane.
+
+    Sums are of integers and so exact: every machine draws the same bits, which a
+    library's QR does not promise.
+    """
+    axis = array.dims.index(DIM_EIG)
+    batch, count, spanned = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+    size = math.prod(spanned)
+    if count > size:
+        raise ValueError(f"{array.variable}: no {count} orthonormal vectors in {size} dimensions")
+    drawn = np.empty((math.prod(batch), count, size))
+    for vectors in drawn:
+        owner, signs = rng.permutation(size) % count, rng.choice([-1, 1], size=size)
+        whole = np.where(owner == np.arange(count)[:, None], signs, 0)
+        normal = rng.integers(1, 10, size=size)
+        reflected = whole - (2 * (whole @ normal) / (normal @ normal))[:, None] * normal
+        vectors[:] = reflected / np.sqrt(np.count_nonzero(whole, axis=1))[:, None]
+    return drawn.reshape(array.shape)

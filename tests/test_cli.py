@@ -47,7 +47,10 @@ def test_info__as_json_is_for_programs(run_path: Path) -> None:
     assert held["provenance"] == {"device": "cpu"}
 
 
-@pytest.mark.parametrize("arguments", [["info", "absent.zarr"], ["info", "."]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["info", "absent.zarr"], ["info", "."], ["validate", "absent.zarr"], ["validate", "."]],
+)
 def test_wrong_path__is_a_usage_error_in_one_line(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,3 +70,29 @@ def test_reproduce__refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert runner.invoke(cli.app, ["reproduce", "xor"]).exit_code == 2
     assert runner.invoke(cli.app, ["reproduce", "xor", "--out", str(tmp_path), "--seeds", "0"]).exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_validate__of_a_sound_run_says_so_and_succeeds(run_path: Path) -> None:
+    shown = runner.invoke(cli.app, ["validate", str(run_path)])
+    assert shown.exit_code == 0
+    assert shown.output.endswith(" checked: sound\n")
+
+
+def test_validate__of_a_damaged_run_says_where_and_fails(run_path: Path) -> None:
+    (run_path / "metrics/train_loss/c/0/0").write_bytes(b"")
+    shown = runner.invoke(cli.app, ["validate", str(run_path)])
+    assert shown.exit_code == 1
+    first, last = shown.output.splitlines()
+    assert first.startswith("error: metrics/train_loss/c/0/0 (seed 0, steps 0 to 10): cannot be read: ")
+    assert last.endswith(" checked: 1 error")
+
+
+def test_validate__as_json_is_for_programs(run_path: Path) -> None:
+    (run_path / "metrics/train_loss/c/0/0").unlink()
+    shown = runner.invoke(cli.app, ["validate", str(run_path), "--json"])
+    assert shown.exit_code == 1
+    told = json.loads(shown.output)
+    assert told["ok"] is False
+    assert [(finding["severity"], finding["place"]) for finding in told["findings"]] == [
+        ("error", "metrics/train_loss/c/0/0")
+    ]
