@@ -15,19 +15,34 @@ except ModuleNotFoundError as error:
 
 from hild_xr.recorders import curvature, problems
 from hild_xr.recorders.curvature import NonFiniteCurvatureError
+from hild_xr.recorders.ensemble import EnsembleRecorder
 from hild_xr.recorders.objective import Objective
-from hild_xr.recorders.probes import GMatrix, Hessian, Metrics, Probe, Snapshot, Weights
+from hild_xr.recorders.probes import (
+    GMatrix,
+    Gradient,
+    Hessian,
+    Metrics,
+    OutOfRangeWarning,
+    Probe,
+    Snapshot,
+    Weights,
+)
 from hild_xr.recorders.recorder import Estimate, NonFiniteRecordWarning, Recorder
 from hild_xr.recorders.schedule import Schedule, at, every, log_spaced, log_then_linear
+from hild_xr.sketch import JohnsonLindenstrauss
 
 __all__ = [
+    "EnsembleRecorder",
     "Estimate",
     "GMatrix",
+    "Gradient",
     "Hessian",
+    "JohnsonLindenstrauss",
     "Metrics",
     "NonFiniteCurvatureError",
     "NonFiniteRecordWarning",
     "Objective",
+    "OutOfRangeWarning",
     "Probe",
     "Recorder",
     "Schedule",

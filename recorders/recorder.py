@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import sys
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -17,14 +21,23 @@ from tqdm import tqdm
 
 from hild_xr.plan import NodePlan, ProbePlan, RunPlan
 from hild_xr.provenance import provenance
+from hild_xr.recorders.async_writer import AsyncWriter
 from hild_xr.recorders.curvature import NonFiniteCurvatureError
 from hild_xr.recorders.curvature.isolation import unwrapped
+from hild_xr.recorders.host_copy import HostCopier, HostCopy
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot
 from hild_xr.recorders.schedule import Schedule
-from hild_xr.store import Record, RunWriter, StoreLike
+from hild_xr.recorders.wrappers import check_whole, unwrapped_optimizer
+from hild_xr.store import RunWriter, StoreError, StoreLike, check_space
 
 logger = logging.getLogger("hild_xr")
+
+QUEUE_BYTES = 256_000_000
+"""Default bound on the records that are copied and not yet written."""
+
+FLUSH_SECONDS = 30.0
+"""Records that wait this long for their block to fill are committed as they are."""
 
 
 class NonFiniteRecordWarning(UserWarning):
@@ -33,7 +46,7 @@ class NonFiniteRecordWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Size of a run before it starts.
+    """What recording a run will take.
 
     Parameters
     ----------
@@ -41,13 +54,21 @@ class Estimate:
         Records of this seed, all probes together.
     nbytes
         Bytes of all seeds, before metadata.
+    seconds
+        Time that measuring takes for this seed, from one measurement of each
+        probe; early records can take longer than later ones.
     """
 
     records: int
     nbytes: int
+    seconds: float
 
     def __str__(self) -> str:
-        return f"{self.records} records for this seed, {self.nbytes / 1e6:.1f} MB for all seeds"
+        time_taken = timedelta(seconds=round(self.seconds)) if self.seconds >= 10 else f"{self.seconds:.2g} s"
+        return (
+            f"{self.records} records for this seed, about {time_taken} to measure them, "
+            f"{self.nbytes / 1e6:.1f} MB for all seeds"
+        )
 
 
 class Recorder:
@@ -64,8 +85,9 @@ class Recorder:
     model
         The model in training.
     optimizer
-        Its optimizer; a post-step hook counts the updates. Without one, call
-        :meth:`step` after each update.
+        Its optimizer; a post-step hook counts the updates. Of several, given in
+        the order in which they step, the last one's updates count. Without one,
+        call :meth:`step` after each update.
     objective
         Fixed data and loss of which metrics, Hessian and G-matrix are taken.
     probes
@@ -86,6 +108,16 @@ class Recorder:
         ``resume=True`` it must be given: the records after it are withdrawn.
     progress
         Show a progress bar over the records; by default if stderr is a terminal.
+    queue_bytes
+        Bound on the memory of records that are copied and wait for the disk. When
+        it is reached training waits, and the log says so once. A record that is
+        larger waits until it is alone. Beside it every array has the block that is
+        being filled: about 1 MB, or one record where that is larger.
+    check_space
+        Refuse to start where the planned records do not fit the disk.
+    durable
+        Sync files and folders to the disk before records count as committed, so
+        that they outlive a power failure and not only the process.
 
     Raises
     ------
@@ -95,6 +127,10 @@ class Recorder:
         On entry, if the seed has records and ``resume`` is False.
     WriterBusyError
         On entry, if a live process records the same seed.
+    NotEnoughSpaceError
+        On entry, if the disk has less room than the records will need.
+    StoreWriteError
+        At the next step and when the block ends, if a record could not be written.
     ValueError, KeyError
         On entry, for settings that do not fit the model: unknown layer, k too
         large, an objective that is missing, of another length or on another device.
@@ -130,7 +166,7 @@ class Recorder:
         self,
         path: StoreLike,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         *,
         objective: Objective | None = None,
         probes: Sequence[Probe],
@@ -141,6 +177,9 @@ class Recorder:
         resume: bool = False,
         start_step: int | None = None,
         progress: bool | None = None,
+        queue_bytes: int = QUEUE_BYTES,
+        check_space: bool = True,
+        durable: bool = False,
     ) -> None:
         if resume and start_step is None:
             raise ValueError(
@@ -151,7 +190,8 @@ class Recorder:
             raise ValueError(f"start_step counts optimizer steps from 0; got {start_step}")
         if int(seed) != seed:
             raise ValueError(f"seed must be a whole number; got {seed!r}")
-        self._path, self._optimizer, self._objective = path, optimizer, objective
+        self._path, self._objective = path, objective
+        self._optimizers = _as_tuple(optimizer)
         # The module inside torch.compile and data-parallel wrappers: names as the user wrote them.
         self._model = unwrapped(model)
         self._probes = list(probes)
@@ -161,14 +201,17 @@ class Recorder:
         self._config = dict(config or {})
         self._resume, self._start_step = resume, start_step or 0
         self._show_progress = sys.stderr.isatty() if progress is None else progress
-        self._warned = self._entered = False
-        self._writer: RunWriter | None = None
+        self._queue_bytes, self._check_space, self._durable = queue_bytes, check_space, durable
+        self._warned = self._started = False
+        self._copier = HostCopier()
+        self._writer: AsyncWriter | None = None
         self._hook: Any = None
         self._bar: tqdm[NoReturn] | None = None
         self.current_step = self._start_step
 
     def plan(self) -> RunPlan:
         """Plan the store: every probe looks at the model and the objective once."""
+        check_whole(self._model)
         groups = [probe.group for probe in self._probes]
         if len(set(groups)) != len(groups):
             raise ValueError(f"two probes write the same group; give one of them group=...: {groups}")
@@ -185,44 +228,84 @@ class Recorder:
         return RunPlan(seeds=self._seeds, probes=probes, config=self._config)
 
     def estimate(self) -> Estimate:
-        """Estimate the size of the run without writing anything."""
-        plan = self.plan()
-        return Estimate(sum(len(probe.steps) for probe in plan.probes.values()), plan.nbytes)
+        """Measure every probe once, write nothing, and estimate size and time of the run.
 
-    def __enter__(self) -> Recorder:
-        if self._entered:
-            raise RuntimeError("a recorder records one stretch of training: make a new Recorder for the next")
-        self._entered = True
+        Training is left as it is, as by every record.
+        """
         plan = self.plan()
+        measured = self._measured(self._probes)
+        return _estimate(plan, {probe.group: seconds for probe, _, seconds in measured})
+
+    def start(self) -> Recorder:
+        """Create or join the store and record the present state if it is scheduled; ``with`` calls it."""
+        if self._started:
+            raise RuntimeError("a recorder records one stretch of training: make a new Recorder for the next")
+        self._started = True
+        plan = self.plan()
+        if self._check_space:
+            check_space(self._path, plan)
         device = next((str(p.device) for p in self._model.parameters()), "cpu")
-        self._writer = RunWriter(
+        writer = RunWriter(
             self._path,
             plan,
             self._seed,
             resume_at=self._start_step if self._resume else None,
+            flush_seconds=FLUSH_SECONDS,
             root_attrs={"provenance": provenance(device=device)},
+            durable=self._durable,
         )
         try:
-            self._start(plan)
+            self._writer = AsyncWriter(writer, self._queue_bytes, FLUSH_SECONDS)
+            self._begin(plan)
         except BaseException:
-            self._detach()
-            self._writer.abandon()
-            self._writer = None
+            self.abandon()
+            writer.abandon()
             raise
         return self
+
+    def close(self) -> None:
+        """Commit everything recorded and end; ``with`` calls it, a second call does nothing.
+
+        Raises
+        ------
+        StoreWriteError
+            If a record could not be written.
+        """
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        self._detach()
+        writer.close()
+
+    def abandon(self) -> None:
+        """End without committing what waits for its block; committed records stay."""
+        writer, self._writer = self._writer, None
+        self._detach()
+        if writer is not None:
+            writer.abandon()
+
+    def __enter__(self) -> Recorder:
+        return self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._detach()
-        writer, self._writer = self._live_writer(), None
         # Also when training failed: what is complete is kept.
-        writer.close()
+        try:
+            self.close()
+        except StoreError as failed:
+            if failed is not error:
+                raise
 
     def step(self) -> None:
         """Count one optimizer step and record if it is scheduled.
 
         Called by the optimizer's hook; call it yourself where there is no optimizer.
+
+        Raises
+        ------
+        StoreWriteError
+            If an earlier record could not be written; what was committed is safe.
         """
         self.current_step += 1
         self._record_scheduled()
@@ -231,16 +314,8 @@ class Recorder:
         """Commit everything recorded so far; call it with each checkpoint that you may resume from."""
         self._live_writer().flush()
 
-    def _start(self, plan: RunPlan) -> None:
-        writer = self._live_writer()
+    def _begin(self, plan: RunPlan) -> None:
         total = sum(len(probe.steps) for probe in plan.probes.values())
-        logger.info(
-            "recording seed %d into %s: %d records, %.1f MB for all seeds",
-            self._seed,
-            writer.location,
-            total,
-            plan.nbytes / 1e6,
-        )
         done = sum(sum(step < self.current_step for step in probe.steps) for probe in plan.probes.values())
         self._bar = tqdm(
             total=total,
@@ -249,44 +324,87 @@ class Recorder:
             unit="record",
             disable=not self._show_progress,
         )
-        self._record_scheduled()
-        if self._optimizer is not None:
-            self._hook = self._optimizer.register_step_post_hook(lambda *_: self.step())
+        first = list(self._measured(self._due()))
+        self._announce(plan, {probe.group: seconds for probe, _, seconds in first})
+        for probe, copy, _ in first:
+            self._put(probe, copy)
+        self._attach()
+        self._pid = os.getpid()
+        atexit.register(self._close_at_exit)
+
+    def _attach(self) -> None:
+        if self._optimizers:
+            self._hook = self._optimizers[-1].register_step_post_hook(lambda *_: self.step())
+
+    def _close_at_exit(self) -> None:
+        # A forked child inherits the callback and neither the thread nor the right to write.
+        if os.getpid() == self._pid:
+            self.close()
 
     def _detach(self) -> None:
+        atexit.unregister(self._close_at_exit)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
         if self._bar is not None:
             self._bar.close()
 
-    def _live_writer(self) -> RunWriter:
+    def _live_writer(self) -> AsyncWriter:
         if self._writer is None:
             raise RuntimeError(
                 "the recorder records inside its with block: with Recorder(...) as recorder: ..."
             )
         return self._writer
 
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer | None:
+        """The one whose learning rate is recorded."""
+        return self._optimizers[0] if self._optimizers else None
+
     def _steps(self, probe: Probe) -> Schedule:
         return self._schedule if probe.schedule is None else probe.schedule
 
     def _record_scheduled(self) -> None:
-        step, writer = self.current_step, self._live_writer()
-        due = [p for p in self._probes if step in self._steps(p) and not writer.holds(p.group, step)]
-        if not due:
-            return
-        with Snapshot(self._model, self._optimizer, self._objective, step) as snapshot:
-            for probe in due:
-                writer.write(probe.group, step, self._measure(probe, snapshot))
-                if self._bar is not None:
-                    self._bar.update()
+        self._live_writer().check()
+        for probe, copy, _ in self._measured(self._due()):
+            self._put(probe, copy)
 
-    def _measure(self, probe: Probe, snapshot: Snapshot) -> Record:
+    def is_scheduled(self, step: int) -> bool:
+        """Whether any probe records after this number of optimizer steps."""
+        return any(step in self._steps(probe) for probe in self._probes)
+
+    def _due(self) -> list[Probe]:
+        step, writer = self.current_step, self._live_writer()
+        return [p for p in self._probes if step in self._steps(p) and not writer.holds(p.group, step)]
+
+    def _measured(self, probes: Sequence[Probe]) -> Iterator[tuple[Probe, HostCopy, float]]:
+        """Measure the present state and copy what was found; with the seconds that took."""
+        if not probes:
+            return
+        with Snapshot(self._model, self._optimizer, self._objective, self.current_step) as snapshot:
+            for probe in probes:
+                started = time.perf_counter()
+                copy = self._copier.take(self._measure(probe, snapshot))
+                yield probe, copy, time.perf_counter() - started
+
+    def _put(self, probe: Probe, copy: HostCopy) -> None:
+        self._live_writer().put(probe.group, self.current_step, copy)
+        if self._bar is not None:
+            self._bar.update()
+
+    def _measure(self, probe: Probe, snapshot: Snapshot) -> NodeValues:
         try:
             return probe.record(snapshot)
         except NonFiniteCurvatureError as error:
             self._warn_once(snapshot.step, probe.group, error)
             return _missing(self._nodes[probe.group])
+
+    def _announce(self, plan: RunPlan, seconds: Mapping[str, float]) -> None:
+        """Say before the first record what is to come, as far as it is measured by now."""
+        text = f"recording seed {self._seed} into {self._live_writer().location}: {_estimate(plan, seconds)}"
+        logger.info(text)
+        if self._show_progress:
+            tqdm.write(text, file=sys.stderr)
 
     def _warn_once(self, step: int, group: str, error: NonFiniteCurvatureError) -> None:
         if not self._warned:
@@ -308,6 +426,21 @@ class Recorder:
                 )
             return
         self._objective.check(self._model)
+
+
+def _estimate(plan: RunPlan, seconds: Mapping[str, float]) -> Estimate:
+    records = {name: len(probe.steps) for name, probe in plan.probes.items()}
+    spent = sum(seconds[name] * records[name] for name in seconds)
+    return Estimate(sum(records.values()), plan.nbytes, spent)
+
+
+def _as_tuple(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> tuple[torch.optim.Optimizer, ...]:
+    if optimizer is None:
+        return ()
+    given = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    return tuple(map(unwrapped_optimizer, given))
 
 
 def _missing(nodes: Mapping[str, NodePlan]) -> NodeValues:

@@ -1,0 +1,165 @@
+"""A bounded queue and one thread that writes, so that training does not wait for the disk."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+logger = logging.getLogger("hild_xr")
+
+Job = Callable[[], None]
+
+
+@dataclass
+class _State:
+    """What the two threads share, guarded by the condition."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    waiting: deque[tuple[Job, int]] = field(default_factory=deque)
+    nbytes: int = 0
+    busy: bool = False
+    stopping: bool = False
+    error: BaseException | None = None
+
+
+class WriteQueue:
+    """Run jobs one after the other in a thread of their own.
+
+    Parameters
+    ----------
+    max_bytes
+        Bound on the bytes of the jobs that are waiting or running. A job that does
+        not fit waits in :meth:`put`; one that is larger by itself runs alone.
+    idle
+        Called in the thread when nothing came for ``idle_seconds``.
+    idle_seconds
+        How long that is.
+
+    Examples
+    --------
+    >>> done = []
+    >>> queue = WriteQueue(max_bytes=100)
+    >>> queue.put(lambda: done.append("a"), nbytes=60)
+    >>> queue.put(lambda: done.append("b"), nbytes=60)    # waits until the first is done
+    >>> queue.join()
+    >>> done
+    ['a', 'b']
+    >>> queue.stop()
+    """
+
+    def __init__(self, max_bytes: int, idle: Job | None = None, idle_seconds: float = 30.0) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"the queue needs room for at least one byte; got {max_bytes}")
+        self._max_bytes, self._idle, self._idle_seconds = max_bytes, idle, idle_seconds
+        self._state = _State()
+        self.waited_seconds = 0.0
+        # A daemon, for a thread that the interpreter waits for would keep a failed script from ending.
+        self._thread = threading.Thread(target=self._run, name="hild-xr writer", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Job, nbytes: int) -> None:
+        """Queue a job; wait while the bound is reached, and say so once.
+
+        Raises
+        ------
+        BaseException
+            Whatever an earlier job raised.
+        """
+        state = self._state
+        with state.changed:
+            if self._is_full(nbytes):
+                self._wait_for_room(nbytes)
+            self._raise_error()
+            state.waiting.append((job, nbytes))
+            state.nbytes += nbytes
+            state.changed.notify_all()
+
+    def join(self) -> None:
+        """Wait until all jobs are done.
+
+        Raises
+        ------
+        BaseException
+            Whatever a job raised.
+        """
+        state = self._state
+        with state.changed:
+            state.changed.wait_for(lambda: not state.waiting and not state.busy)
+            self._raise_error()
+
+    def stop(self) -> None:
+        """Let the jobs that are queued finish and end the thread; a second call does nothing."""
+        with self._state.changed:
+            self._state.stopping = True
+            self._state.changed.notify_all()
+        self._thread.join()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What a job raised; later jobs are dropped."""
+        return self._state.error
+
+    def check(self) -> None:
+        """Raise what a job raised, if one did."""
+        with self._state.changed:
+            self._raise_error()
+
+    def _is_full(self, nbytes: int) -> bool:
+        state = self._state
+        return state.error is None and state.nbytes > 0 and state.nbytes + nbytes > self._max_bytes
+
+    def _wait_for_room(self, nbytes: int) -> None:
+        if not self.waited_seconds:
+            logger.warning(
+                "training waits for the disk: %.0f MB of records are queued, the bound is %.0f MB. "
+                "Record less often, fewer layers, or onto a faster disk.",
+                self._state.nbytes / 1e6,
+                self._max_bytes / 1e6,
+            )
+        started = time.monotonic()
+        self._state.changed.wait_for(lambda: not self._is_full(nbytes))
+        self.waited_seconds += time.monotonic() - started
+
+    def _raise_error(self) -> None:
+        if self._state.error is not None:
+            raise self._state.error
+
+    def _run(self) -> None:
+        while (taken := self._next()) is not None:
+            job, nbytes = taken
+            error: BaseException | None = None
+            try:
+                job()
+            except BaseException as raised:  # noqa: BLE001  all of it is raised again in the thread that trains
+                error = raised
+            # The job holds the record: it goes before its bytes are given back.
+            del taken, job
+            self._finished(nbytes, error)
+
+    def _next(self) -> tuple[Job, int] | None:
+        """Wait for a job; None when the queue is stopped and empty."""
+        state = self._state
+        with state.changed:
+            while not state.waiting:
+                came = state.changed.wait_for(lambda: state.waiting or state.stopping, self._idle_seconds)
+                if not came and self._idle is not None and state.error is None:
+                    state.waiting.append((self._idle, 0))
+                elif not state.waiting and state.stopping:
+                    return None
+            state.busy = True
+            return state.waiting.popleft()
+
+    def _finished(self, nbytes: int, error: BaseException | None) -> None:
+        state = self._state
+        with state.changed:
+            state.busy = False
+            state.nbytes -= nbytes
+            if error is not None:
+                state.error = error
+                state.waiting.clear()
+                state.nbytes = 0
+            state.changed.notify_all()
