@@ -43,7 +43,15 @@ NEEDS = {
         "tests/test_report_browser.py",
         "tests/test_dashboard.py",
     ),
+    "lightning": ("hild_xr/recorders/adapters/lightning.py", "tests/recorders/adapters/test_lightning.py"),
+    "transformers": (
+        "hild_xr/recorders/adapters/transformers.py",
+        "tests/recorders/adapters/test_transformers.py",
+    ),
+    "accelerate": ("tests/recorders/adapters/test_transformers.py",),
     "build": ("tests/test_packaging.py",),
+    "icechunk": ("tests/store/test_icechunk.py",),
+    "moto": ("tests/store/test_object_store.py",),
 }
 collect_ignore = [path for package, paths in NEEDS.items() if find_spec(package) is None for path in paths]
 

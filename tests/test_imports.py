@@ -23,7 +23,7 @@ LABELS = ("hild_xr.variables", "hild_xr.plan", "hild_xr.provenance")
 STORES = (*LABELS, "hild_xr.store", "hild_xr.sweep", "hild_xr.share")
 MATHS = ("hild_xr.analysis", "hild_xr.variables")
 SHOWN = ("hild_xr.plots", "hild_xr.accessor", "hild_xr.claims")
-FACES = (*STORES, *MATHS, *SHOWN, "hild_xr")
+FACES = (*STORES, *MATHS, *SHOWN, "hild_xr.sketch", "hild_xr")
 TRAINING = ("hild_xr.recorders", "torch")  # outside recorders: only once a function is called
 PARTS = {
     "hild_xr.variables": (),
@@ -32,12 +32,13 @@ PARTS = {
     "hild_xr.store": LABELS,
     "hild_xr.sweep": (*LABELS, "hild_xr.store"),
     "hild_xr.share": (*LABELS, "hild_xr.store", "hild_xr.sweep"),
-    "hild_xr.recorders": (*LABELS, "hild_xr.store", "torch"),
+    "hild_xr.sketch": ("hild_xr.variables",),
+    "hild_xr.recorders": (*LABELS, "hild_xr.sketch", "hild_xr.store", "torch"),
     "hild_xr.analysis": ("hild_xr.variables",),
     "hild_xr.plots": MATHS,
-    "hild_xr.accessor": (*MATHS, "hild_xr.plots"),
+    "hild_xr.accessor": (*MATHS, "hild_xr.plots", "hild_xr.store"),
     "hild_xr.claims": (),
-    "hild_xr": (*STORES, *MATHS, "hild_xr.accessor", "hild_xr.recorders"),
+    "hild_xr": (*STORES, *MATHS, "hild_xr.accessor", "hild_xr.recorders", "hild_xr.sketch"),
     "hild_xr.testing": FACES,
     "hild_xr.report": FACES,
     "hild_xr.dashboard": FACES,
@@ -46,7 +47,8 @@ PARTS = {
 }
 
 NOT_AT_IMPORT = ("torch", "distributed", "holoviews", "panel", "bokeh", "matplotlib")
-OPTIONAL = (*NOT_AT_IMPORT, "jinja2", "sklearn", "rocrate", "s3fs", "obstore")
+FRAMEWORKS = ("lightning", "pytorch_lightning", "transformers", "accelerate")
+OPTIONAL = (*NOT_AT_IMPORT, *FRAMEWORKS, "jinja2", "sklearn", "rocrate", "s3fs", "obstore", "icechunk")
 NEED_AN_EXTRA = ("hild_xr.recorders", "hild_xr.plots", "hild_xr.report", "hild_xr.dashboard")
 
 
@@ -212,3 +214,20 @@ def test_recorders__without_torch_name_the_extra_that_brings_it() -> None:
     last_line = result.stderr.strip().splitlines()[-1]
     assert "Error: " in last_line
     assert "hild-xr[torch]" in last_line
+
+
+def test_recorders__load_no_training_framework() -> None:
+    pytest.importorskip("torch")
+    loaded = loaded_by("-c", "import hild_xr.recorders.adapters.distributed")
+    assert "torch" in loaded
+    assert loaded & set(FRAMEWORKS) == set()
+
+
+@pytest.mark.parametrize("framework", ["lightning", "transformers"])
+def test_adapter__without_its_framework_names_the_extra_that_brings_it(framework: str) -> None:
+    pytest.importorskip("torch")
+    result = without((framework,), f"import hild_xr.recorders.adapters.{framework}")
+    assert result.returncode == 1
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ImportError: ")
+    assert f"hild-xr[{framework}]" in last_line

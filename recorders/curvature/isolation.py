@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_restored_buffers(model))
+        stack.enter_context(_uncompiled())
         for device_type in sorted({"cpu"} | {device.type for device in devices}):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -171,6 +173,18 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
                 # buffer; the counter itself does not tell, since BatchNorm does not move it.
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    # Code compiled inside the model (model.compile(), a compiled layer or forward) has no double
+    # backward. Without dynamo loaded nothing is compiled, and loading it takes a second.
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with set_stance("force_eager"):
+        yield
 
 
 @contextmanager
