@@ -74,7 +74,7 @@ def _assert_recorded(path: Path, plan: RunPlan, seeds: list[int]) -> None:
 
 
 def _assert_nothing_left_over(folder: Path, rounds: int) -> None:
-    """Beside each run lie the locks and attempt counts of its seeds and nothing else, in it nothing half written."""
+    """Beside each run lie locks and attempt counts of its seeds and no more, in it nothing half written."""
     runs = {f"run{i}.zarr" for i in range(rounds)}
     assert {path.name for path in folder.iterdir()} == runs | {f".{run}.writers" for run in runs}
     kept = {path.name for path in folder.glob(".run*.writers/*")}
