@@ -11,6 +11,15 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger("hild_xr")
 
+WAKE_BYTES = 1_000_000
+"""Small jobs are left to pile up to this size, or ..."""
+
+WAKE_JOBS = 64
+"""... this number, or ..."""
+
+WAKE_SECONDS = 1.0
+"""... this age. A thread that wakes for each of them takes the interpreter from training every time."""
+
 Job = Callable[[], None]
 
 
@@ -22,6 +31,7 @@ class _State:
     waiting: deque[tuple[Job, int]] = field(default_factory=deque)
     nbytes: int = 0
     busy: bool = False
+    urgent: bool = False
     stopping: bool = False
     error: BaseException | None = None
 
@@ -76,7 +86,8 @@ class WriteQueue:
             self._raise_error()
             state.waiting.append((job, nbytes))
             state.nbytes += nbytes
-            state.changed.notify_all()
+            if state.nbytes >= WAKE_BYTES or len(state.waiting) >= WAKE_JOBS:
+                self._wake()
 
     def join(self) -> None:
         """Wait until all jobs are done.
@@ -88,6 +99,7 @@ class WriteQueue:
         """
         state = self._state
         with state.changed:
+            self._wake()
             state.changed.wait_for(lambda: not state.waiting and not state.busy)
             self._raise_error()
 
@@ -121,8 +133,13 @@ class WriteQueue:
                 self._max_bytes / 1e6,
             )
         started = time.monotonic()
+        self._wake()
         self._state.changed.wait_for(lambda: not self._is_full(nbytes))
         self.waited_seconds += time.monotonic() - started
+
+    def _wake(self) -> None:
+        self._state.urgent = True
+        self._state.changed.notify_all()
 
     def _raise_error(self) -> None:
         if self._state.error is not None:
@@ -144,14 +161,24 @@ class WriteQueue:
         """Wait for a job; None when the queue is stopped and empty."""
         state = self._state
         with state.changed:
-            while not state.waiting:
-                came = state.changed.wait_for(lambda: state.waiting or state.stopping, self._idle_seconds)
-                if not came and self._idle is not None and state.error is None:
-                    state.waiting.append((self._idle, 0))
-                elif not state.waiting and state.stopping:
-                    return None
+            if not state.waiting:
+                state.urgent = False
+                self._wait_for_work()
+            if not state.waiting:
+                return None
             state.busy = True
             return state.waiting.popleft()
+
+    def _wait_for_work(self) -> None:
+        """Wait for jobs that are urgent or of some age, or for the end; add the idle job if none came."""
+        state, idle_since = self._state, time.monotonic()
+        while not (state.urgent and state.waiting) and not state.stopping:
+            state.changed.wait(WAKE_SECONDS if self._idle is None else min(WAKE_SECONDS, self._idle_seconds))
+            if state.waiting:
+                return
+            if self._idle is not None and time.monotonic() - idle_since >= self._idle_seconds:
+                state.waiting.append((self._idle, 0))
+                return
 
     def _finished(self, nbytes: int, error: BaseException | None) -> None:
         state = self._state

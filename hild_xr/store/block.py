@@ -84,8 +84,9 @@ class Block:
         self._values[step_index % self._length] = value
 
     def reload(self, keep: int) -> None:
-        """Take the kept records of the part-filled block back, so that it is rewritten whole."""
+        """Take the kept records of the part-filled block back, so that it is rewritten whole; tidy up."""
         self._index = -1
+        sweep_partial(self._array, self._row)
         block, kept = divmod(keep, self._length)
         if kept:
             self._begin(block)
@@ -179,6 +180,17 @@ def exists(store: Store, key: str) -> bool:
     if isinstance(store, LocalStore):
         return (store.root / key).exists()
     return bool(sync(store.exists(key)))
+
+
+def sweep_partial(array: zarr.Array[Any], row: int) -> None:
+    """Delete what a killed writer of this seed left half written; nothing reads it, but it takes room.
+
+    For the holder of the seed's lease only: files of a living writer look the same.
+    """
+    if isinstance(array.store, LocalStore):
+        folder = array.store.root / f"{array.store_path.path}/c/{row}"
+        for path in folder.rglob("*.partial"):
+            path.unlink(missing_ok=True)
 
 
 async def _put_all(store: Store, chunks: list[Chunk]) -> None:

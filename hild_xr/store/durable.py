@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,11 +151,17 @@ def sync_tree(folder: Path) -> None:
     """
     for parent, _, files in os.walk(folder):
         for name in files:
-            # Some systems sync only what is open for writing.
-            with (Path(parent) / name).open("r+b") as file:
-                os.fsync(file.fileno())
+            # A file that took its final name meanwhile is another writer's, who syncs it.
+            with suppress(FileNotFoundError):
+                sync_file(Path(parent) / name)
         sync_folder(Path(parent))
     sync_parents(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Sync what a file holds."""
+    with path.open("r+b") as file:  # some systems sync only what is open for writing
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

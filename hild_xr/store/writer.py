@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hild_xr.plan import ProbePlan, RunPlan
 from hild_xr.store.backends import Location, StoreLike, locate, zarr_array, zarr_group
-from hild_xr.store.block import Block, check_codecs, chunk_key, encoded, exists, put_chunks
+from hild_xr.store.block import Block, check_codecs, chunk_key, encoded, exists, put_chunks, sweep_partial
 from hild_xr.store.create import create
 from hild_xr.store.durable import durable_location, sync_tree
 from hild_xr.store.errors import MissingRecordsWarning, RecordsExistError, StoreWriteError, WriterBusyError
@@ -312,6 +312,7 @@ class _ProbeWriter:
                 stacklevel=2,
             )
         self._next = keep
+        sweep_partial(self._marker, self._row)
         for block in self._blocks.values():
             block.reload(keep)
 

@@ -452,3 +452,18 @@ def test_marker__is_there_before_the_first_record() -> None:
     assert marker.nchunks_initialized == 1
     assert not np.asarray(marker[:]).any()
     writer.close()
+
+
+def test_resume__deletes_what_a_killed_writer_left_half_written_of_its_own_seed(tmp_path: Path) -> None:
+    plan = spectrum_plan()
+    for seed in plan.seeds:
+        with RunWriter(tmp_path / "run.zarr", plan, seed) as writer:
+            _write(writer, plan, seed, (0, 1))
+    weight = "weights/fc.weight/weight/c"
+    keys = ("metrics/committed/c/0/0.ab", f"{weight}/0/0/0/0.cd", f"{weight}/1/0/0/0.ef")
+    left = [tmp_path / "run.zarr" / f"{key}.partial" for key in keys]
+    for path in left:
+        path.write_bytes(b"half")
+    RunWriter(tmp_path / "run.zarr", plan, 0, resume_at=1).close()
+    assert [path.exists() for path in left] == [False, False, True]  # the last may be of a living writer
+    _assert_holds(tmp_path / "run.zarr", plan, 0, {0: 1, 1: 1})
