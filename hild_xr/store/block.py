@@ -7,7 +7,6 @@ several thread changes, which a training loop in the same process feels.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,19 +15,16 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
-from zarr.abc.store import Store, SupportsSetSync
+from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from hild_xr.plan import ArrayPlan
 from hild_xr.store.errors import StoreError
+from hild_xr.store.raw import Parts, write_keys
 
-CHECKSUM_BYTES = 4
-
-Chunk = tuple[str, Buffer]
-"""Key in the store and encoded bytes."""
+Chunk = tuple[str, NDArray[np.generic]]
+"""Key in the store and values, contiguous and little-endian."""
 
 
 class Block:
@@ -54,20 +50,19 @@ class Block:
         self._array, self._row = array, row
         self._shape, self._fill = plan.shape, plan.fill_value
         self._dtype = np.dtype(plan.dtype).newbyteorder("<")
-        # the store's own chunk length: an older version may have chosen another
-        self._length = int(array.chunks[1])
-        self._index = -1
-        nbytes = self._length * plan.record_nbytes
-        # room for the checksum behind the values, so that a chunk is written from where it was filled
-        self._memory = np.zeros(nbytes + CHECKSUM_BYTES, dtype=np.uint8)
-        self._values = self._memory[:nbytes].view(self._dtype).reshape(self._length, *self._shape)
+        # the store's own chunk lengths: an older version may have chosen others
+        self._length, *split = (int(length) for length in array.chunks[1:])
+        self._index, self._split = -1, tuple(split)
+        # A record that is a block by itself is flushed as soon as it is put, and so need not be copied.
+        self._borrows = self._length == 1
+        self._values = np.zeros((0 if self._borrows else self._length, *self._shape), dtype=self._dtype)
 
     def checked(self, place: str, value: ArrayLike) -> NDArray[np.generic]:
         """Return the value as an array; raise if its shape is not the planned one."""
         values = np.asarray(value)
         if values.shape != self._shape:
             raise ValueError(f"{place}: expected shape {self._shape}, got {values.shape}")
-        return values
+        return values.astype(self._dtype, copy=False)
 
     def leaves(self, step_index: int) -> bool:
         """Whether a step lies outside the block that is being filled."""
@@ -78,10 +73,18 @@ class Block:
         return (step_index + 1) % self._length == 0 or step_index + 1 == self._array.shape[1]
 
     def put(self, step_index: int, value: NDArray[np.generic]) -> None:
-        """Copy one step's value into the block; the caller may change it afterwards."""
+        """Take one step's value; the caller may change it after the next :meth:`chunks` or :meth:`keep`."""
         if step_index // self._length != self._index:
             self._begin(step_index // self._length)
-        self._values[step_index % self._length] = value
+        if self._borrows:
+            self._values = value[np.newaxis]
+        else:
+            self._values[step_index % self._length] = value
+
+    def keep(self) -> None:
+        """Copy what is only borrowed, for a flush that comes later."""
+        if self._borrows:
+            self._values = self._values.copy()
 
     def reload(self, keep: int) -> None:
         """Take the kept records of the part-filled block back, so that it is rewritten whole; tidy up."""
@@ -94,21 +97,18 @@ class Block:
             self._values[:kept] = self._array[self._row, start : start + kept]
 
     def chunks(self) -> Iterator[Chunk]:
-        """Encode the block; what is returned is valid until the next :meth:`put`."""
-        split = self._array.chunks[2:]
-        counts = [range(-(-extent // length)) for extent, length in zip(self._shape, split, strict=True)]
+        """Cut the block into the chunks of the store."""
+        counts = (range(-(-n // length)) for n, length in zip(self._shape, self._split, strict=True))
         for place in itertools.product(*counts):
-            key = chunk_key(self._array, (self._row, self._index, *place))
-            whole = all(len(count) == 1 for count in counts)
-            yield key, (_sealed(self._memory) if whole else encoded(self._part(place, split)))
+            cut = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, self._split, strict=True))
+            values = self._values[(slice(None), *cut)]
+            yield chunk_key(self._array, (self._row, self._index, *place)), self._padded(values)
 
-    def _part(self, place: tuple[int, ...], split: tuple[int, ...]) -> NDArray[np.generic]:
-        """One chunk of a split record, padded at the edges as zarr does."""
-        cut = tuple(slice(i * length, (i + 1) * length) for i, length in zip(place, split, strict=True))
-        values = self._values[(slice(None), *cut)]
-        if values.shape[1:] == split:
-            return values
-        padded = np.full((self._length, *split), self._fill, dtype=self._dtype)
+    def _padded(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Fill a chunk up at the edges of the array, as zarr does."""
+        if values.shape[1:] == self._split:
+            return np.ascontiguousarray(values)
+        padded = np.full((self._length, *self._split), self._fill, dtype=self._dtype)
         padded[tuple(slice(extent) for extent in values.shape)] = values
         return padded
 
@@ -142,44 +142,21 @@ def chunk_key(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
     return f"{array.store_path.path}/{array.metadata.encode_chunk_key(place)}"
 
 
-def encoded(values: NDArray[np.generic]) -> Buffer:
-    """Encode a chunk: little-endian bytes in C order, then their crc32c checksum.
+def encoded(values: NDArray[np.generic]) -> Parts:
+    """Encode a chunk: its bytes, which are not copied, and their crc32c checksum.
 
     Examples
     --------
-    >>> encoded(np.zeros(2, dtype="uint16")).to_bytes().hex()
+    >>> b"".join(encoded(np.zeros(2, dtype="<u2"))).hex()
     '00000000c74b6748'
     """
-    memory = np.empty(values.nbytes + CHECKSUM_BYTES, dtype=np.uint8)
-    little = memory[: values.nbytes].view(values.dtype.newbyteorder("<")).reshape(values.shape)
-    little[...] = values
-    return _sealed(memory)
+    data = values.reshape(-1).view(np.uint8)
+    return [data.data, google_crc32c.value(data).to_bytes(4, "little")]
 
 
 def put_chunks(store: Store, chunks: Iterable[Chunk]) -> None:
-    """Put encoded chunks into a store, at once where it is remote.
-
-    Parameters
-    ----------
-    store
-        Where.
-    chunks
-        What; read one by one where the store writes synchronously.
-    """
-    if isinstance(store, LocalStore) and isinstance(store, SupportsSetSync):
-        for key, value in chunks:
-            store.set_sync(key, value)
-    else:
-        # other stores may keep the buffer itself, which is filled again
-        copies = [(key, _copied(value)) for key, value in chunks]
-        sync(_put_all(store, copies))
-
-
-def exists(store: Store, key: str) -> bool:
-    """Whether a key is there; asked of a local store without zarr's threads, which end before Python does."""
-    if isinstance(store, LocalStore):
-        return (store.root / key).exists()
-    return bool(sync(store.exists(key)))
+    """Encode chunks and put them into a store."""
+    write_keys(store, ((key, encoded(values)) for key, values in chunks))
 
 
 def sweep_partial(array: zarr.Array[Any], row: int) -> None:
@@ -191,24 +168,3 @@ def sweep_partial(array: zarr.Array[Any], row: int) -> None:
         folder = array.store.root / f"{array.store_path.path}/c/{row}"
         for path in folder.rglob("*.partial"):
             path.unlink(missing_ok=True)
-
-
-async def _put_all(store: Store, chunks: list[Chunk]) -> None:
-    limit = asyncio.Semaphore(zarr.config.get("async.concurrency"))
-
-    async def put(key: str, value: Buffer) -> None:
-        async with limit:
-            await store.set(key, value)
-
-    await asyncio.gather(*(put(key, value) for key, value in chunks))
-
-
-def _sealed(memory: NDArray[np.uint8]) -> Buffer:
-    """Write the checksum behind the bytes and hand the memory itself out."""
-    checksum = google_crc32c.value(memory[:-CHECKSUM_BYTES])
-    memory[-CHECKSUM_BYTES:] = np.frombuffer(checksum.to_bytes(CHECKSUM_BYTES, "little"), dtype=np.uint8)
-    return default_buffer_prototype().buffer.from_array_like(memory)
-
-
-def _copied(value: Buffer) -> Buffer:
-    return type(value).from_bytes(value.to_bytes())

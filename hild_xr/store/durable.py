@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -52,27 +53,32 @@ class DurableStore(LocalStore):
         super().__init__(root, read_only=read_only)
         self._on_disk: set[Path] = set()
 
+    def put_parts(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write a key from several pieces and wait for the disk."""
+        self._check_writable()
+        self._put(self.root / key, parts)
+
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write a key and wait for the disk."""
-        self._check_writable()
-        self._put(self.root / key, value)
+        self.put_parts(key, [value.as_buffer_like()])
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a key and wait for the disk."""
         self._check_writable()
-        await asyncio.to_thread(self._put, self.root / key, value)
+        await asyncio.to_thread(self._put, self.root / key, [value.as_buffer_like()])
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key that is not there and wait for the disk; leave one that is there."""
         self._check_writable()
-        await asyncio.to_thread(self._put, self.root / key, value, exclusive=True)
+        await asyncio.to_thread(self._put, self.root / key, [value.as_buffer_like()], exclusive=True)
 
-    def _put(self, path: Path, value: Buffer, *, exclusive: bool = False) -> None:
+    def _put(self, path: Path, parts: Sequence[bytes | bytearray | memoryview], *, exclusive: bool = False) -> None:
         self._make_folder(path.parent)
         scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with scratch.open("wb") as file:
-                file.write(value.as_buffer_like())
+                for part in parts:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             if not exclusive:

@@ -13,12 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from hild_xr.plan import ProbePlan, RunPlan
 from hild_xr.store.backends import Location, StoreLike, locate, zarr_array, zarr_group
-from hild_xr.store.block import Block, check_codecs, chunk_key, encoded, exists, put_chunks, sweep_partial
+from hild_xr.store.block import Block, check_codecs, chunk_key, encoded, put_chunks, sweep_partial
 from hild_xr.store.create import create
 from hild_xr.store.durable import durable_location, sync_tree
 from hild_xr.store.errors import MissingRecordsWarning, RecordsExistError, StoreWriteError, WriterBusyError
 from hild_xr.store.lease import Lease, lease_for
-from hild_xr.store.raw import read_keys
+from hild_xr.store.raw import exists, read_keys, write_keys
 
 Record = Mapping[str, Mapping[str, ArrayLike]]
 """Values of one record: ``{node: {array name: value}}``, each at its planned shape."""
@@ -358,6 +358,8 @@ class _ProbeWriter:
                 "Stop this training, or record it into another store."
             ) from error
         except Exception as error:
+            for block in self._blocks.values():
+                block.keep()
             safe = self.last_committed_step()
             kept = "Nothing was committed before."
             if safe >= 0:
@@ -388,9 +390,9 @@ class _ProbeWriter:
 
     def _mark(self, committed: NDArray[np.uint16]) -> None:
         """Replace the marker row in one atomic write."""
-        row = encoded(committed)
-        self._own_markers.append(row.to_bytes())  # before: a write that fails may have arrived all the same
-        put_chunks(self._marker.store, [(self._marker_key, row)])
+        row = b"".join(encoded(committed.astype("<u2")))
+        self._own_markers.append(row)  # before: a write that fails may have arrived all the same
+        write_keys(self._marker.store, [(self._marker_key, [row])])
         del self._own_markers[:-1]
 
     def _is_overdue(self) -> bool:

@@ -454,19 +454,18 @@ def test_objective_of_another_length__names_both() -> None:
 def test_full_disk__stops_with_the_cause_and_keeps_what_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zarr.core.buffer import Buffer
-    from zarr.storage import LocalStore
+    from hild_xr.store import raw
 
     model, optimizer = _start()
-    whole = LocalStore.set_sync
+    write = raw._write_file
     full = False
 
-    def set_until_full(self: LocalStore, key: str, value: Buffer) -> None:
-        if full and "eigenvectors/c" in key:
+    def write_until_full(path: Path, parts: raw.Parts) -> None:
+        if full and "eigenvectors/c" in path.as_posix():
             raise OSError(28, "No space left on device")
-        whole(self, key, value)
+        write(path, parts)
 
-    monkeypatch.setattr(LocalStore, "set_sync", set_until_full)
+    monkeypatch.setattr(raw, "_write_file", write_until_full)
     with (
         pytest.raises(StoreWriteError, match=r"No space left on device.*up to step 5\) is safe.*resume=True"),
         _recorder(tmp_path / "run.zarr", model, optimizer) as recorder,

@@ -313,6 +313,23 @@ def test_failed_flush__keeps_what_is_buffered_until_there_is_room(data: st.DataO
     _assert_holds(store, plan, 0, dict.fromkeys(steps, 1))
 
 
+def test_failed_flush__keeps_its_own_copy_of_records_that_are_blocks_by_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hild_xr.plan.BLOCK_BYTES", 10)
+    plan, store = spectrum_plan(seeds=(0,)), _FlakyStore(MemoryStore())
+    record = random_record(plan, "weights", seed=0, step=0)
+    weight = np.asarray(record["fc.weight"]["weight"]).copy()
+    with RunWriter(store, plan, 0) as writer:
+        store.failures = 1
+        with pytest.raises(StoreWriteError, match="No space left"):
+            writer.write("weights", 0, {"fc.weight": {"weight": weight}})
+        weight += 1
+    np.testing.assert_array_equal(
+        open_run(store)["weights/fc.weight/weight"].values[0, 0], record["fc.weight"]["weight"]
+    )
+
+
 def test_marker_that_arrived_though_its_write_failed__is_known_as_ones_own() -> None:
     plan, store = spectrum_plan(seeds=(0,)), _FlakyStore(MemoryStore())
     with RunWriter(store, plan, 0) as writer:
