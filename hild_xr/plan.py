@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from hild_xr.variables import DIM_SEED, DIM_STEP, SCHEMA_VERSION, variable
 
@@ -26,6 +26,13 @@ BLOCK_BYTES = 1_000_000
 
 MAX_BLOCK_STEPS = 64
 """... or this many steps."""
+
+
+DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool")
+"""Dtypes that are stored."""
+
+MAX_NAME_BYTES = 200
+"""File systems take names of 255 bytes; the store appends to them."""
 
 
 class _Frozen(BaseModel):
@@ -67,6 +74,17 @@ class ArrayPlan(_Frozen):
     dtype: str = "float32"
     attrs: dict[str, JsonValue] = Field(default_factory=dict)
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _is_storable(cls, dtype: Any) -> str:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError as error:
+            raise ValueError(f"{dtype!r} is no dtype: {error}") from None
+        if name not in DTYPES:
+            raise ValueError(f"arrays are stored as one of {', '.join(DTYPES)}; got dtype {dtype!r}")
+        return name
+
     @model_validator(mode="after")
     def _is_consistent(self) -> ArrayPlan:
         try:
@@ -75,7 +93,7 @@ class ArrayPlan(_Frozen):
             raise ValueError(error.args[0]) from None
         if len(self.dims) != len(self.shape):
             raise ValueError(f"{self.variable}: dims {self.dims} and shape {self.shape} differ in length")
-        kind = np.dtype(self.dtype).kind.replace("u", "i")
+        kind = np.dtype(self.dtype).kind
         if kind != declared.kind:
             raise ValueError(f"{self.variable} is of kind {declared.kind!r}; got dtype {self.dtype!r}")
         return self
@@ -135,9 +153,12 @@ class ProbePlan(_Frozen):
     def _is_consistent(self) -> ProbePlan:
         if not self.steps or list(self.steps) != sorted(set(self.steps)):
             raise ValueError("the steps of a probe must be given, increase strictly and not repeat")
-        broken = [name for name in self.nodes if "/" in name]
+        broken = [name for name in self.nodes if name != OWN_NODE and not _is_folder_name(name)]
         if broken:
-            raise ValueError(f"a layer name becomes a folder and cannot hold '/': {broken[0]!r}")
+            raise ValueError(
+                f"a layer name becomes a folder: without '/', not '.' or '..', of at most {MAX_NAME_BYTES} "
+                f"bytes; got {broken[0]!r}"
+            )
         folded: dict[str, str] = {}
         for name in self.nodes:
             if folded.setdefault(name.casefold(), name) != name:
@@ -195,7 +216,7 @@ class RunPlan(_Frozen):
     []
     """
 
-    seeds: tuple[Annotated[int, Field(strict=True)], ...]
+    seeds: tuple[Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)], ...]
     probes: dict[str, ProbePlan]
     config: dict[str, JsonValue] = Field(default_factory=dict)
     schema_version: str = SCHEMA_VERSION
@@ -206,7 +227,7 @@ class RunPlan(_Frozen):
             raise ValueError(f"a run needs at least one seed and no seed twice; got {self.seeds}")
         if not self.probes:
             raise ValueError("a run needs at least one probe")
-        broken = [name for name in self.probes if not name or "/" in name]
+        broken = [name for name in self.probes if not _is_folder_name(name)]
         if broken:
             raise ValueError(
                 f"a probe's name becomes a folder and cannot be empty or hold '/': {broken[0]!r}"
@@ -258,6 +279,12 @@ class RunPlan(_Frozen):
             One line a difference: where, what is asked for, what is stored.
         """
         return list(_differences("", self.model_dump(), other.model_dump()))
+
+
+def _is_folder_name(name: str) -> bool:
+    """Whether a name can be that of a folder on every file system, beside zarr's own files."""
+    taken = name in ("", ".", "..", "zarr.json")
+    return not taken and not set(name) & set("/\\\0") and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _differences(where: str, asked: object, stored: object) -> Iterator[str]:

@@ -20,8 +20,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from hild_xr.plan import ArrayPlan
-from hild_xr.store.errors import StoreError
-from hild_xr.store.raw import Parts, write_keys
+from hild_xr.store.errors import DamagedRecordError, StoreError
+from hild_xr.store.raw import Parts, exists, write_keys
 
 Chunk = tuple[str, NDArray[np.generic]]
 """Key in the store and values, contiguous and little-endian."""
@@ -58,11 +58,18 @@ class Block:
         self._values = np.zeros((0 if self._borrows else self._length, *self._shape), dtype=self._dtype)
 
     def checked(self, place: str, value: ArrayLike) -> NDArray[np.generic]:
-        """Return the value as an array; raise if its shape is not the planned one."""
+        """Return the value in the stored dtype; raise if it does not fit, or is not of the planned shape."""
         values = np.asarray(value)
         if values.shape != self._shape:
             raise ValueError(f"{place}: expected shape {self._shape}, got {values.shape}")
-        return values.astype(self._dtype, copy=False)
+        if not np.can_cast(values.dtype, self._dtype, casting="same_kind"):
+            raise ValueError(f"{place}: expected values of dtype {self._dtype.name}, got {values.dtype.name}")
+        stored = values.astype(self._dtype, copy=False)
+        if self._dtype.kind == "i" and stored is not values and (stored != values).any():
+            raise ValueError(
+                f"{place}: values from {values.min()} to {values.max()} exceed {self._dtype.name}"
+            )
+        return stored
 
     def leaves(self, step_index: int) -> bool:
         """Whether a step lies outside the block that is being filled."""
@@ -86,23 +93,54 @@ class Block:
         if self._borrows:
             self._values = self._values.copy()
 
-    def reload(self, keep: int) -> None:
-        """Take the kept records of the part-filled block back, so that it is rewritten whole; tidy up."""
+    def reload(self, keep: int, committed: NDArray[np.bool_]) -> None:
+        """Take the kept records of the part-filled block back, so that it is rewritten whole.
+
+        Raises
+        ------
+        DamagedRecordError
+            If a committed record of that block cannot be read. Written over, it would look sound.
+        """
         self._index = -1
-        sweep_partial(self._array, self._row)
         block, kept = divmod(keep, self._length)
-        if kept:
-            self._begin(block)
-            start = block * self._length
-            self._values[:kept] = self._array[self._row, start : start + kept]
+        if not kept:
+            return
+        self._begin(block)
+        there = slice(block * self._length, keep)
+        if committed[there].any():
+            self._check_chunks()
+        try:
+            self._values[:kept] = self._array[self._row, there]
+        except ValueError as error:
+            raise DamagedRecordError(f"{self._array.path}: {error}") from error
+
+    def _check_chunks(self) -> None:
+        store = self._array.store
+        missing = [key for key in self._keys() if not exists(store, key)]
+        if missing:
+            raise DamagedRecordError(f"{missing[0]} is missing, though records in it are committed")
+
+    def sweep(self) -> None:
+        """Delete half-written files of this seed."""
+        sweep_partial(self._array, self._row)
 
     def chunks(self) -> Iterator[Chunk]:
         """Cut the block into the chunks of the store."""
-        counts = (range(-(-n // length)) for n, length in zip(self._shape, self._split, strict=True))
-        for place in itertools.product(*counts):
+        for place, key in zip(self._places(), self._keys(), strict=True):
             cut = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, self._split, strict=True))
-            values = self._values[(slice(None), *cut)]
-            yield chunk_key(self._array, (self._row, self._index, *place)), self._padded(values)
+            yield key, self._padded(self._values[(slice(None), *cut)])
+
+    def first_key(self) -> str:
+        """Key of the first chunk of this seed."""
+        return chunk_key(self._array, (self._row, *(0,) * (self._array.ndim - 1)))
+
+    def _keys(self) -> Iterator[str]:
+        return (chunk_key(self._array, (self._row, self._index, *place)) for place in self._places())
+
+    def _places(self) -> Iterator[tuple[int, ...]]:
+        """Iterate over the indices of the chunks of one record."""
+        counts = (range(-(-n // length)) for n, length in zip(self._shape, self._split, strict=True))
+        return itertools.product(*counts)
 
     def _padded(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
         """Fill a chunk up at the edges of the array, as zarr does."""

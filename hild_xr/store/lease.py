@@ -130,7 +130,6 @@ class LocalLease:
     def __init__(self, path: Path, seed: int) -> None:
         folder = _writers_folder(path)
         folder.mkdir(parents=True, exist_ok=True)
-        self._root = path / "zarr.json"
         self._holder = folder / f"seed-{seed}.json"
         self._attempts = folder / f"seed-{seed}.attempts"
         # Not thread-local, or a writer that is closed in another thread would keep the lock. No fallback:
@@ -155,16 +154,16 @@ class LocalLease:
 
         The marker alone does not tell: an attempt that was withdrawn by one that
         committed nothing has left no trace in it, and a reader that still shows the
-        withdrawn records must not take those of a later attempt for them.
+        withdrawn records must not take those of a later attempt for them. The count
+        goes on when the store is deleted and recorded anew, for the same reason.
         """
-        made = str(self._root.stat().st_mtime_ns)  # the store that the count belongs to
         try:
-            store, count = self._attempts.read_text().split()
+            count = int(self._attempts.read_text())
         except (FileNotFoundError, ValueError):  # there is none, or it was half written when power failed
-            store, count = made, "0"
-        attempt = 1 + max(seen, int(count) if store == made else 0)
+            count = 0
+        attempt = 1 + max(seen, count)
         new = self._attempts.with_suffix(".new")
-        new.write_text(f"{made} {attempt}")
+        new.write_text(str(attempt))
         new.replace(self._attempts)
         return attempt
 

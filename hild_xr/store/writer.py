@@ -16,9 +16,19 @@ from hild_xr.store.backends import Location, StoreLike, locate, zarr_array, zarr
 from hild_xr.store.block import Block, check_codecs, chunk_key, encoded, put_chunks, sweep_partial
 from hild_xr.store.create import create
 from hild_xr.store.durable import durable_location, sync_tree
-from hild_xr.store.errors import MissingRecordsWarning, RecordsExistError, StoreWriteError, WriterBusyError
+from hild_xr.store.errors import (
+    DamagedRecordError,
+    MissingRecordsWarning,
+    RecordsExistError,
+    StoreError,
+    StoreWriteError,
+    WriterBusyError,
+)
 from hild_xr.store.lease import Lease, lease_for
 from hild_xr.store.raw import exists, read_keys, write_keys
+
+MAX_ATTEMPT = int(np.iinfo(np.uint16).max)
+"""Markers hold numbers up to this."""
 
 Record = Mapping[str, Mapping[str, ArrayLike]]
 """Values of one record: ``{node: {array name: value}}``, each at its planned shape."""
@@ -69,6 +79,9 @@ class RunWriter:
         it takes up to :data:`hild_xr.store.store_lease.TAKEOVER_SECONDS`.
     PlanMismatchError, NotAStoreError
         As :func:`hild_xr.store.create.create`.
+    DamagedRecordError
+        If a record that is to be kept shares a file with new ones and cannot be
+        read. Nothing is changed then.
 
     Examples
     --------
@@ -247,8 +260,14 @@ class RunWriter:
         seen = max(probe.last_attempt() for probe in self._probes.values())
         # Icechunk takes no lease: its readers see one snapshot, whatever number comes later
         attempt = 1 + seen if self._lease is None else self._lease.next_attempt(seen)
+        if attempt > MAX_ATTEMPT:
+            raise StoreError(
+                f"seed {seed} of {self.location} was begun {MAX_ATTEMPT} times; use another store"
+            )
         for probe in self._probes.values():
-            probe.start(attempt, -1 if resume_at is None else resume_at)
+            probe.prepare(-1 if resume_at is None else resume_at)
+        for probe in self._probes.values():
+            probe.start(attempt)
         self._commit(f"attempt {attempt} begins")
 
 
@@ -275,16 +294,33 @@ class _ProbeWriter:
         self._index = {step: i for i, step in enumerate(plan.steps)}
         self._marker = zarr_array(group, "committed")
         check_codecs(self._marker)
-        self._committed: NDArray[np.uint16] = np.asarray(self._marker[row])
         self._blocks = {
             (node, array): Block(zarr_array(group, _place((node, array))), planned, row)
             for node, array, planned in plan.arrays()
         }
         self._marker_key = chunk_key(self._marker, (row, 0))
+        self._committed = self._stored_marker()
         self._own_markers: list[bytes] = []
         self._pending: list[int] = []
         self._flush_seconds = flush_seconds
         self._flushed_at = time.monotonic()
+
+    def _stored_marker(self) -> NDArray[np.uint16]:
+        store = self._marker.store
+        try:
+            committed: NDArray[np.uint16] = np.asarray(self._marker[self._row])
+        except ValueError as error:
+            raise DamagedRecordError(
+                f"{self._marker_key} in {self._where}: {error}. Restore it from a backup"
+            ) from error
+        if not exists(store, self._marker_key) and any(
+            exists(store, b.first_key()) for b in self._blocks.values()
+        ):
+            raise DamagedRecordError(
+                f"{self._marker_key} in {self._where} is missing, though records were written. Restore it "
+                "from a backup, or record this seed into another store"
+            )
+        return committed
 
     def last_committed_step(self) -> int:
         """Return the last step that is committed, -1 if there is none."""
@@ -294,27 +330,46 @@ class _ProbeWriter:
     def last_attempt(self) -> int:
         return int(self._committed.max(initial=0))
 
-    def start(self, attempt: int, keep_until: int) -> None:
-        """Withdraw the records after ``keep_until`` in one write and reload the block it lies in."""
-        self._attempt = attempt
-        keep = int(np.searchsorted(self._plan.steps, keep_until, side="right"))
-        self._committed[keep:] = 0
-        # Also for a new seed: from here on a marker that is missing was lost, not never written.
-        self._mark(self._committed)
+    def prepare(self, keep_until: int) -> None:
+        """Reload the block that ``keep_until`` lies in; nothing is changed yet.
+
+        Raises
+        ------
+        DamagedRecordError
+            If a committed record of it cannot be read.
+        """
+        self._kept = int(np.searchsorted(self._plan.steps, keep_until, side="right"))
+        keep = self._kept
         if keep and self._plan.steps[keep - 1] == keep_until and not self._committed[keep - 1]:
             keep -= 1  # the training state of this record is at hand again: it can be made now
-        lost = int((self._committed[:keep] == 0).sum())
+        self._next = keep
+        for block in self._blocks.values():
+            try:
+                block.reload(keep, self._committed > 0)
+            except DamagedRecordError as error:
+                raise DamagedRecordError(
+                    f"cannot go on after step {keep_until} in {self._where}, nothing was changed: {error}. "
+                    "Restore the file from a backup, or resume from an earlier checkpoint whose records do "
+                    "not share a file with the damaged ones; hild-xr validate lists all damage"
+                ) from error
+
+    def start(self, attempt: int) -> None:
+        """Withdraw in one write what comes after the step that was prepared for."""
+        self._attempt = attempt
+        self._committed[self._kept :] = 0
+        # Also for a new seed: from here on a marker that is missing was lost, not never written.
+        self._mark(self._committed)
+        sweep_partial(self._marker, self._row)
+        for block in self._blocks.values():
+            block.sweep()
+        lost = int((self._committed[: self._next] == 0).sum())
         if lost:
             warnings.warn(
-                f"probe {self._name!r}: {lost} of the {keep} records planned before the checkpoint are not "
-                f"in {self._where} and stay missing; call recorder.flush() with each checkpoint",
+                f"probe {self._name!r}: {lost} of the {self._next} records planned before the checkpoint are "
+                f"not in {self._where} and stay missing; call recorder.flush() with each checkpoint",
                 MissingRecordsWarning,
                 stacklevel=2,
             )
-        self._next = keep
-        sweep_partial(self._marker, self._row)
-        for block in self._blocks.values():
-            block.reload(keep)
 
     def holds(self, step: int) -> bool:
         return self._planned(step) < self._next

@@ -18,7 +18,16 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore, WrapperStore
 
 from hild_xr.plan import RunPlan
-from hild_xr.store import MissingRecordsWarning, RecordsExistError, RunWriter, StoreWriteError, open_run
+from hild_xr.store import (
+    DamagedRecordError,
+    MissingRecordsWarning,
+    RecordsExistError,
+    RecordsWithdrawnWarning,
+    RunWriter,
+    StoreError,
+    StoreWriteError,
+    open_run,
+)
 from hild_xr.store.backends import Location
 from hild_xr.testing import random_record, spectrum_plan
 
@@ -176,13 +185,19 @@ def test_attempt_that_committed_nothing__lends_its_number_to_no_other(tmp_path: 
     assert open_run(store)["metrics/committed"].values[0].tolist() == [1, 4, 4]
 
 
-def test_attempts__are_counted_anew_for_a_store_made_anew(tmp_path: Path) -> None:
-    plan = spectrum_plan(seeds=(0,))
-    for _ in range(2):
-        with RunWriter(tmp_path / "run.zarr", plan, 0) as writer:
-            _write(writer, plan, 0, (0,))
-        assert open_run(tmp_path / "run.zarr")["metrics/committed"].values[0].tolist() == [1]
-        shutil.rmtree(tmp_path / "run.zarr")
+def test_attempts__go_on_in_a_store_made_anew(tmp_path: Path) -> None:
+    """Else a tree of the deleted run would show the records of the new one."""
+    plan, path = spectrum_plan(seeds=(0,)), tmp_path / "run.zarr"
+    for attempt in (1, 2):
+        with RunWriter(path, plan, 0) as writer:
+            _write(writer, plan, 0, (0,), attempt)
+        tree = open_run(path)
+        assert tree["metrics/committed"].values[0].tolist() == [attempt]
+        if attempt == 1:
+            old = tree
+            shutil.rmtree(path)
+    with pytest.warns(RecordsWithdrawnWarning):
+        assert np.isnan(old["metrics/train_loss"].values).all()
 
 
 @pytest.mark.parametrize(
@@ -311,6 +326,78 @@ def test_failed_flush__keeps_what_is_buffered_until_there_is_room(data: st.DataO
                     writer.flush()
         store.failures = 0
     _assert_holds(store, plan, 0, dict.fromkeys(steps, 1))
+
+
+@pytest.mark.parametrize("damage", ["lost", "flipped"])
+@pytest.mark.parametrize("key", ["weights/fc.weight/weight/c/0/0/0/0", "hessian/n_matvec/c/0/0/0"])
+def test_resume__beside_a_damaged_record_is_refused_and_changes_nothing(
+    tmp_path: Path, damage: str, key: str
+) -> None:
+    """Written over, the block would have a valid checksum and the lost records look like missing ones."""
+    plan, path = spectrum_plan(steps=tuple(range(100)), seeds=(0,)), tmp_path / "run.zarr"
+    with RunWriter(path, plan, 0) as writer:
+        _write(writer, plan, 0, tuple(range(80)))
+    if damage == "lost":
+        (path / key).unlink()
+    else:
+        content = bytearray((path / key).read_bytes())
+        content[3] ^= 1
+        (path / key).write_bytes(content)
+    markers = {file: file.read_bytes() for file in path.glob("*/committed/c/0/0")}
+    with pytest.raises(DamagedRecordError, match=rf"nothing was changed: {key.rpartition('/c/')[0]}.*backup"):
+        RunWriter(path, plan, 0, resume_at=10)
+    assert {file: file.read_bytes() for file in markers} == markers
+    with RunWriter(path, plan, 0, resume_at=63) as writer:  # the whole block stays as it is
+        _write(writer, plan, 0, (64, 65), attempt=2)
+    with RunWriter(path, plan, 0, resume_at=-1) as writer:  # or goes
+        _write(writer, plan, 0, tuple(range(80)), attempt=3)
+    _assert_holds(path, plan, 0, dict.fromkeys(range(80), 3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"), [("lost", "is missing, though records"), ("flipped", "checksum")]
+)
+def test_resume__beside_a_damaged_marker_is_refused(tmp_path: Path, damage: str, says: str) -> None:
+    plan, path = spectrum_plan(seeds=(0,)), tmp_path / "run.zarr"
+    with RunWriter(path, plan, 0) as writer:
+        _write(writer, plan, 0, (0, 1))
+    marker = path / "metrics/committed/c/0/0"
+    if damage == "lost":
+        marker.unlink()
+    else:
+        marker.write_bytes(b"\1" + marker.read_bytes()[1:-1] + b"\0")
+    with pytest.raises(DamagedRecordError, match=rf"metrics/committed/c/0/0 in .*{says}"):
+        RunWriter(path, plan, 0, resume_at=1)
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "value", "says"),
+    [
+        ("", "n_matvec", np.array([2**40]), "exceed int32"),
+        ("", "n_matvec", np.array([1.7]), "expected values of dtype int32, got float64"),
+        ("", "eigenvalues", np.ones((1, 2)) * 1j, "expected values of dtype float64, got complex128"),
+        ("", "converged", np.array([[1, 0]]), "expected values of dtype bool, got int64"),
+    ],
+)
+def test_write__refuses_values_that_the_planned_dtype_cannot_hold(
+    node: str, name: str, value: np.ndarray, says: str
+) -> None:
+    plan = spectrum_plan(seeds=(0,))
+    good = random_record(plan, "hessian", seed=0, step=0)
+    with RunWriter(MemoryStore(), plan, 0) as writer:
+        with pytest.raises(ValueError, match=says):
+            writer.write("hessian", 0, {**good, node: {**good[node], name: value}})
+        assert not writer.holds("hessian", 0)
+        writer.write("hessian", 0, good)
+
+
+def test_writer__ends_before_its_marker_overflows() -> None:
+    plan, store = spectrum_plan(seeds=(0,)), MemoryStore()
+    with RunWriter(store, plan, 0) as writer:
+        _write(writer, plan, 0, (0,))
+    zarr.open_group(store)["metrics/committed"][0, 0] = 65535
+    with pytest.raises(StoreError, match="begun 65535 times"):
+        RunWriter(store, plan, 0, resume_at=0)
 
 
 def test_failed_flush__keeps_its_own_copy_of_records_that_are_blocks_by_themselves(

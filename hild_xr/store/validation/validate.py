@@ -63,6 +63,12 @@ def validate(target: StoreLike, *, progress: bool | None = None) -> ValidationRe
     because training diverged or a block was marked missing are no error, and are
     counted in a note.
 
+    **What it cannot find.** A checksum says that a chunk is whole, not that it lies
+    where it was written: chunks that were exchanged for others of their size, an
+    older copy of a chunk or of a marker, and a seed that was deleted with its
+    markers pass, unless the numbers betray them. Compare hashes of the files
+    where stores are copied by hand.
+
     Memory holds one block of one array at a time. A run may be validated while it
     is written: what was committed when validation started is judged.
 
