@@ -78,7 +78,7 @@ class ArrayPlan(_Frozen):
     @classmethod
     def _is_storable(cls, dtype: Any) -> str:
         try:
-            name = np.dtype(dtype).name
+            name: str = np.dtype(dtype).name
         except TypeError as error:
             raise ValueError(f"{dtype!r} is no dtype: {error}") from None
         if name not in DTYPES:

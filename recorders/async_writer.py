@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 
 from hild_xr.recorders.host_copy import HostCopy
 from hild_xr.recorders.write_queue import WriteQueue
 from hild_xr.store import RunWriter, StoreError
+
+logger = logging.getLogger("hild_xr")
 
 
 class AsyncWriter:
@@ -68,15 +71,24 @@ class AsyncWriter:
             If anything could not be written, also what was reported before.
         """
         try:
-            self.flush()
+            self._flush_though_interrupted()
         except BaseException:
-            # What is complete in the buffers may fit by now; the error is raised in any case.
+            self._queue.drop()
             self._queue.stop()
+            # What is complete in the buffers may fit by now; the error is raised in any case.
             with suppress(StoreError):
                 self._writer.flush()
             raise
         finally:
             self.abandon()
+
+    def _flush_though_interrupted(self) -> None:
+        try:
+            self.flush()
+        except KeyboardInterrupt:
+            logger.warning("the records that wait are written first; interrupt again to drop them")
+            self.flush()
+            raise
 
     def abandon(self) -> None:
         """End the thread and give the lease back without committing what is buffered."""

@@ -16,6 +16,7 @@ from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes.base import Probe
 from hild_xr.recorders.recorder import QUEUE_BYTES, Recorder
 from hild_xr.recorders.schedule import Schedule
+from hild_xr.recorders.wrappers import unwrapped_optimizer
 from hild_xr.store import StoreError, StoreLike
 
 Stacked = Mapping[str, torch.Tensor]
@@ -104,6 +105,8 @@ class EnsembleRecorder:
         durable: bool = False,
     ) -> None:
         self._seeds = tuple(seeds)
+        if not self._seeds:
+            raise ValueError("an ensemble needs a seed for each member; seeds is empty")
         self._parameters, self._buffers = parameters, buffers or {}
         self._optimizer = optimizer
         self._replica = self._make_replica(model)
@@ -126,7 +129,7 @@ class EnsembleRecorder:
                 resume=resume,
                 start_step=start_step,
                 progress=progress if i == 0 else False,
-                queue_bytes=max(1, queue_bytes // len(self._seeds)),
+                queue_bytes=queue_bytes // len(self._seeds),
                 check_space=check_space and i == 0,
                 durable=durable,
             )
@@ -146,9 +149,10 @@ class EnsembleRecorder:
                 self._load(i)
                 member.start()
                 started.callback(member.abandon)
+            if self._optimizer is not None:
+                optimizer = unwrapped_optimizer(self._optimizer)
+                self._hook = optimizer.register_step_post_hook(lambda *_: self.step())
             started.pop_all()
-        if self._optimizer is not None:
-            self._hook = self._optimizer.register_step_post_hook(lambda *_: self.step())
         return self
 
     def step(self, parameters: Stacked | None = None, buffers: Stacked | None = None) -> None:
@@ -168,11 +172,14 @@ class EnsembleRecorder:
             self._parameters = parameters
         if buffers is not None:
             self._buffers = buffers
-        scheduled = self._members[0].is_scheduled(self.current_step + 1)
-        for i, member in enumerate(self._members):
-            if scheduled:
-                self._load(i)
-            member.step()
+        # All are counted before any is measured: whatever happens to one, no label of another is wrong.
+        for member in self._members:
+            member.count()
+        if not self._members[0].is_scheduled(self.current_step):
+            return
+        with ExitStack() as recording:  # an error of one member keeps no other from its record
+            for i in reversed(range(len(self._members))):
+                recording.callback(self._record, i)
 
     def flush(self) -> None:
         """Commit everything recorded so far; call it with each checkpoint that you may resume from."""
@@ -221,6 +228,10 @@ class EnsembleRecorder:
                 f"got {given.get(name)}; make the stacks with torch.func.stack_module_state(models)"
             )
 
+    def _record(self, member: int) -> None:
+        self._load(member)
+        self._members[member].record()
+
     @torch.no_grad()
     def _load(self, member: int) -> None:
         """Copy one member's slice into the replica."""
@@ -233,7 +244,14 @@ class EnsembleRecorder:
 
 
 class _Member(Recorder):
-    """One seed; the ensemble counts the steps."""
+    """One seed; the ensemble says when to count and when to record."""
+
+    def count(self) -> None:
+        self._live_writer()
+        self.current_step += 1
+
+    def record(self) -> None:
+        self._record_scheduled()
 
     def _attach(self) -> None:
         pass

@@ -123,7 +123,15 @@ class HostCopier:
         try:
             return self._pool[dtype, source.numel()].pop()
         except IndexError:
-            return torch.empty(source.numel(), dtype=dtype, pin_memory=source.is_cuda)
+            # What lies idle is of other sizes: it goes, so that all copies together stay within what the
+            # queue holds.
+            self._pool.clear()
+            with torch.inference_mode(False):  # or it could only be filled in that mode
+                return torch.empty(source.numel(), dtype=dtype, pin_memory=source.is_cuda)
+
+    def clear(self) -> None:
+        """Let go of the memory that is kept for later copies."""
+        self._pool.clear()
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:

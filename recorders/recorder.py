@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import os
 import sys
@@ -56,19 +57,17 @@ class Estimate:
         Bytes of all seeds, before metadata.
     seconds
         Time that measuring takes for this seed, from one measurement of each
-        probe; early records can take longer than later ones.
+        probe; early records can take longer than later ones. None if not every
+        probe was measured.
     """
 
     records: int
     nbytes: int
-    seconds: float
+    seconds: float | None
 
     def __str__(self) -> str:
-        time_taken = timedelta(seconds=round(self.seconds)) if self.seconds >= 10 else f"{self.seconds:.2g} s"
-        return (
-            f"{self.records} records for this seed, about {time_taken} to measure them, "
-            f"{self.nbytes / 1e6:.1f} MB for all seeds"
-        )
+        measuring = "" if self.seconds is None else f", about {_duration(self.seconds)} to measure them"
+        return f"{self.records} records for this seed{measuring}, {self.nbytes / 1e6:.1f} MB for all seeds"
 
 
 class Recorder:
@@ -194,7 +193,11 @@ class Recorder:
         self._optimizers = _as_tuple(optimizer)
         # The module inside torch.compile and data-parallel wrappers: names as the user wrote them.
         self._model = unwrapped(model)
-        self._probes = list(probes)
+        if queue_bytes < 1:
+            raise ValueError(f"queue_bytes bounds the memory of waiting records; got {queue_bytes}")
+        # copies: a probe remembers what it planned, and may be given to several recorders
+        self._given_probes = tuple(probes)
+        self._probes: list[Probe] = []
         self._schedule = schedule
         self._seed = int(seed)
         self._seeds = (self._seed,) if seeds is None else tuple(int(s) for s in seeds)
@@ -204,6 +207,7 @@ class Recorder:
         self._queue_bytes, self._check_space, self._durable = queue_bytes, check_space, durable
         self._warned = self._started = False
         self._copier = HostCopier()
+        self._pid = os.getpid()
         self._writer: AsyncWriter | None = None
         self._hook: Any = None
         self._bar: tqdm[NoReturn] | None = None
@@ -212,6 +216,8 @@ class Recorder:
     def plan(self) -> RunPlan:
         """Plan the store: every probe looks at the model and the objective once."""
         check_whole(self._model)
+        self._probes = [copy.copy(probe) for probe in self._given_probes]
+        self._warned = False
         groups = [probe.group for probe in self._probes]
         if len(set(groups)) != len(groups):
             raise ValueError(f"two probes write the same group; give one of them group=...: {groups}")
@@ -240,7 +246,7 @@ class Recorder:
         """Create or join the store and record the present state if it is scheduled; ``with`` calls it."""
         if self._started:
             raise RuntimeError("a recorder records one stretch of training: make a new Recorder for the next")
-        self._started = True
+        self._started, self._pid = True, os.getpid()
         plan = self.plan()
         if self._check_space:
             check_space(self._path, plan)
@@ -275,17 +281,18 @@ class Recorder:
         if writer is None:
             return
         self._detach()
-        writer.close()
+        if not self._is_forked():
+            writer.close()
 
     def abandon(self) -> None:
         """End without committing what waits for its block; committed records stay."""
         writer, self._writer = self._writer, None
         self._detach()
-        if writer is not None:
+        if writer is not None and not self._is_forked():
             writer.abandon()
 
     def __enter__(self) -> Recorder:
-        return self.start()
+        return self if self._writer is not None else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -307,12 +314,15 @@ class Recorder:
         StoreWriteError
             If an earlier record could not be written; what was committed is safe.
         """
+        self._live_writer()
         self.current_step += 1
         self._record_scheduled()
 
     def flush(self) -> None:
         """Commit everything recorded so far; call it with each checkpoint that you may resume from."""
-        self._live_writer().flush()
+        writer = self._live_writer()
+        if not self._is_forked():
+            writer.flush()
 
     def _begin(self, plan: RunPlan) -> None:
         total = sum(len(probe.steps) for probe in plan.probes.values())
@@ -326,28 +336,27 @@ class Recorder:
         )
         first = list(self._measured(self._due()))
         self._announce(plan, {probe.group: seconds for probe, _, seconds in first})
-        for probe, copy, _ in first:
-            self._put(probe, copy)
+        for probe, copied, _ in first:
+            self._put(probe, copied)
         self._attach()
-        self._pid = os.getpid()
-        atexit.register(self._close_at_exit)
+        atexit.register(self.close)
 
     def _attach(self) -> None:
         if self._optimizers:
             self._hook = self._optimizers[-1].register_step_post_hook(lambda *_: self.step())
 
-    def _close_at_exit(self) -> None:
-        # A forked child inherits the callback and neither the thread nor the right to write.
-        if os.getpid() == self._pid:
-            self.close()
+    def _is_forked(self) -> bool:
+        """Whether this is a forked child: it has neither the thread nor the right to write."""
+        return os.getpid() != self._pid
 
     def _detach(self) -> None:
-        atexit.unregister(self._close_at_exit)
+        atexit.unregister(self.close)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if self._bar is not None:
+        if self._bar is not None and not self._is_forked():
             self._bar.close()
+        self._copier.clear()
 
     def _live_writer(self) -> AsyncWriter:
         if self._writer is None:
@@ -365,9 +374,11 @@ class Recorder:
         return self._schedule if probe.schedule is None else probe.schedule
 
     def _record_scheduled(self) -> None:
+        if self._is_forked():
+            return
         self._live_writer().check()
-        for probe, copy, _ in self._measured(self._due()):
-            self._put(probe, copy)
+        for probe, copied, _ in self._measured(self._due()):
+            self._put(probe, copied)
 
     def is_scheduled(self, step: int) -> bool:
         """Whether any probe records after this number of optimizer steps."""
@@ -384,11 +395,11 @@ class Recorder:
         with Snapshot(self._model, self._optimizer, self._objective, self.current_step) as snapshot:
             for probe in probes:
                 started = time.perf_counter()
-                copy = self._copier.take(self._measure(probe, snapshot))
-                yield probe, copy, time.perf_counter() - started
+                copied = self._copier.take(self._measure(probe, snapshot))
+                yield probe, copied, time.perf_counter() - started
 
-    def _put(self, probe: Probe, copy: HostCopy) -> None:
-        self._live_writer().put(probe.group, self.current_step, copy)
+    def _put(self, probe: Probe, copied: HostCopy) -> None:
+        self._live_writer().put(probe.group, self.current_step, copied)
         if self._bar is not None:
             self._bar.update()
 
@@ -428,9 +439,14 @@ class Recorder:
         self._objective.check(self._model)
 
 
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))) if seconds >= 10 else f"{seconds:.2g} s"
+
+
 def _estimate(plan: RunPlan, seconds: Mapping[str, float]) -> Estimate:
     records = {name: len(probe.steps) for name, probe in plan.probes.items()}
-    spent = sum(seconds[name] * records[name] for name in seconds)
+    known = seconds.keys() >= records.keys()
+    spent = sum(seconds[name] * records[name] for name in records) if known else None
     return Estimate(sum(records.values()), plan.nbytes, spent)
 
 

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 
 logger = logging.getLogger("hild_xr")
 
@@ -19,6 +20,9 @@ WAKE_JOBS = 64
 
 WAKE_SECONDS = 1.0
 """... this age. A thread that wakes for each of them takes the interpreter from training every time."""
+
+PATIENCE_SECONDS = 1.0
+"""Say what is going on when waiting for the disk takes longer."""
 
 Job = Callable[[], None]
 
@@ -33,7 +37,9 @@ class _State:
     busy: bool = False
     urgent: bool = False
     stopping: bool = False
+    finished: bool = False
     error: BaseException | None = None
+    trace: TracebackType | None = None
 
 
 class WriteQueue:
@@ -78,12 +84,18 @@ class WriteQueue:
         ------
         BaseException
             Whatever an earlier job raised.
+        RuntimeError
+            If the queue is stopped.
         """
         state = self._state
         with state.changed:
             if self._is_full(nbytes):
                 self._wait_for_room(nbytes)
             self._raise_error()
+            if state.stopping:
+                raise RuntimeError(
+                    "the writer was closed while this record waited for it; it was not written"
+                )
             state.waiting.append((job, nbytes))
             state.nbytes += nbytes
             if state.nbytes >= WAKE_BYTES or len(state.waiting) >= WAKE_JOBS:
@@ -100,15 +112,25 @@ class WriteQueue:
         state = self._state
         with state.changed:
             self._wake()
-            state.changed.wait_for(lambda: not state.waiting and not state.busy)
+            if not state.changed.wait_for(self._is_done, PATIENCE_SECONDS):
+                logger.warning(
+                    "writing %d records, %s, that wait for the disk", len(state.waiting), _size(state.nbytes)
+                )
+                state.changed.wait_for(self._is_done)
             self._raise_error()
+
+    def drop(self) -> None:
+        """Forget the jobs that have not begun."""
+        with self._state.changed:
+            self._state.waiting.clear()
 
     def stop(self) -> None:
         """Let the jobs that are queued finish and end the thread; a second call does nothing."""
         with self._state.changed:
             self._state.stopping = True
             self._state.changed.notify_all()
-        self._thread.join()
+            # Not Thread.join: once that is interrupted, it takes the thread for dead.
+            self._state.changed.wait_for(lambda: self._state.finished)
 
     @property
     def error(self) -> BaseException | None:
@@ -122,15 +144,20 @@ class WriteQueue:
 
     def _is_full(self, nbytes: int) -> bool:
         state = self._state
-        return state.error is None and state.nbytes > 0 and state.nbytes + nbytes > self._max_bytes
+        return (
+            state.error is None
+            and not state.stopping
+            and state.nbytes > 0
+            and state.nbytes + nbytes > self._max_bytes
+        )
 
     def _wait_for_room(self, nbytes: int) -> None:
         if not self.waited_seconds:
             logger.warning(
-                "training waits for the disk: %.0f MB of records are queued, the bound is %.0f MB. "
+                "training waits for the disk: %s of records are queued, the bound is %s. "
                 "Record less often, fewer layers, or onto a faster disk.",
-                self._state.nbytes / 1e6,
-                self._max_bytes / 1e6,
+                _size(self._state.nbytes),
+                _size(self._max_bytes),
             )
         started = time.monotonic()
         self._wake()
@@ -141,9 +168,13 @@ class WriteQueue:
         self._state.urgent = True
         self._state.changed.notify_all()
 
+    def _is_done(self) -> bool:
+        return (not self._state.waiting and not self._state.busy) or self._state.finished
+
     def _raise_error(self) -> None:
         if self._state.error is not None:
-            raise self._state.error
+            # with the trace of the job alone: it is raised at every step until training stops
+            raise self._state.error.with_traceback(self._state.trace)
 
     def _run(self) -> None:
         while (taken := self._next()) is not None:
@@ -156,6 +187,9 @@ class WriteQueue:
             # The job holds the record: it goes before its bytes are given back.
             del taken, job
             self._finished(nbytes, error)
+        with self._state.changed:
+            self._state.finished = True
+            self._state.changed.notify_all()
 
     def _next(self) -> tuple[Job, int] | None:
         """Wait for a job; None when the queue is stopped and empty."""
@@ -186,7 +220,11 @@ class WriteQueue:
             state.busy = False
             state.nbytes -= nbytes
             if error is not None:
-                state.error = error
+                state.error, state.trace = error, error.__traceback__
                 state.waiting.clear()
                 state.nbytes = 0
             state.changed.notify_all()
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.3g} MB"

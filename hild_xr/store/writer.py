@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -56,7 +57,7 @@ class RunWriter:
         None for a new seed. A step s to go on from a training state at step s:
         records up to and including s stay, later ones are withdrawn.
     flush_seconds
-        Flush a probe that was not flushed for this long, at its next record.
+        Flush a probe that holds a record for this long, when the next record of any probe comes.
     root_attrs
         Further attributes of the root if the store is created, e.g. provenance.
     durable
@@ -179,6 +180,9 @@ class RunWriter:
                 f"the writer of {self._what()} is closed; make a new RunWriter with resume_at=..."
             )
         self._probe(probe).write(step, record)
+        for other in self._probes.values():
+            if other.is_overdue():  # one that records rarely waits for no next record of its own
+                other.flush()
 
     def holds(self, probe: str, step: int) -> bool:
         """Whether a planned step of a probe is recorded, or passed by.
@@ -303,7 +307,7 @@ class _ProbeWriter:
         self._own_markers: list[bytes] = []
         self._pending: list[int] = []
         self._flush_seconds = flush_seconds
-        self._flushed_at = time.monotonic()
+        self._pending_since = math.inf
 
     def _stored_marker(self) -> NDArray[np.uint16]:
         store = self._marker.store
@@ -374,6 +378,10 @@ class _ProbeWriter:
     def holds(self, step: int) -> bool:
         return self._planned(step) < self._next
 
+    def is_overdue(self) -> bool:
+        """Whether something is buffered for longer than it should be."""
+        return self.is_pending() and time.monotonic() - self._pending_since > self._flush_seconds
+
     def is_pending(self) -> bool:
         """Whether something is buffered that is not committed."""
         return bool(self._pending)
@@ -389,9 +397,11 @@ class _ProbeWriter:
             self.flush()
         for key, block in self._blocks.items():
             block.put(index, values[key])
+        if not self._pending:
+            self._pending_since = time.monotonic()
         self._pending.append(index)
         self._next = index + 1
-        if self._is_overdue() or any(block.ends(index) for block in self._blocks.values()):
+        if any(block.ends(index) for block in self._blocks.values()):
             self.flush()
 
     def flush(self) -> None:
@@ -420,12 +430,11 @@ class _ProbeWriter:
             if safe >= 0:
                 kept = f"Everything committed before (up to step {safe}) is safe."
             raise StoreWriteError(
-                f"could not write {records} into {self._where}: {error}. {kept} Mend the cause, then flush "
-                "again, or go on from a checkpoint with resume=True, start_step=<its step>."
+                f"could not write {records} into {self._where}: {error}. {kept} Mend the cause, then go on "
+                "from a checkpoint with resume=True, start_step=<its step>."
             ) from error
         self._committed = marked
         self._pending.clear()
-        self._flushed_at = time.monotonic()
 
     def _replace_marker(self) -> NDArray[np.uint16]:
         # Again, for the blocks may have taken long. The row itself tells of a writer that no lease held off.
@@ -449,9 +458,6 @@ class _ProbeWriter:
         self._own_markers.append(row)  # before: a write that fails may have arrived all the same
         write_keys(self._marker.store, [(self._marker_key, [row])])
         del self._own_markers[:-1]
-
-    def _is_overdue(self) -> bool:
-        return time.monotonic() - self._flushed_at > self._flush_seconds
 
     def _checked(self, record: Record) -> dict[tuple[str, str], NDArray[np.generic]]:
         given = {(node, array): value for node, arrays in record.items() for array, value in arrays.items()}

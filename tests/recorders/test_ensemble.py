@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import hild_xr as hx
 from hild_xr import recorders as rec
+from hild_xr.recorders.probes.base import NodeValues
 from hild_xr.store import RecordsExistError
 
 SEEDS = (3, 1, 4)
@@ -211,6 +213,7 @@ def test_member_that_cannot_start__leaves_no_record_of_the_others(tmp_path: Path
         ),
         ({"buffers": None}, r"buffer 'norm.num_batches_tracked' .* got None"),
         ({"objective": [_objective()]}, "one objective a member: 1 for 3 seeds"),
+        ({"seeds": ()}, "seeds is empty"),
     ],
 )
 def test_stacks_that_do_not_fit__are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -220,3 +223,48 @@ def test_stacks_that_do_not_fit__are_refused(tmp_path: Path, change: dict[str, A
     with pytest.raises(ValueError, match=says):
         rec.EnsembleRecorder(tmp_path / "run.zarr", models[0], parameters, **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+class InterruptedOnce(rec.Weights):
+    """Ctrl-C while the second member of one step is measured."""
+
+    calls = 0
+
+    def record(self, snapshot: rec.Snapshot) -> NodeValues:
+        type(self).calls += 1
+        if type(self).calls == 3 + 3 + 2:
+            raise KeyboardInterrupt
+        return super().record(snapshot)
+
+
+def test_interrupted_step__leaves_every_label_of_every_member_right(tmp_path: Path) -> None:
+    models = [nn.Linear(2, 1, bias=False) for _ in SEEDS]
+    parameters, _ = stack_module_state(models)
+    history = [parameters["weight"].detach().clone()]
+    with rec.EnsembleRecorder(
+        tmp_path / "run.zarr", models[0], parameters,
+        probes=[InterruptedOnce()], schedule=rec.every(2, total_steps=8), seeds=SEEDS,
+    ) as recorder:  # fmt: skip
+        for _ in range(8):
+            with torch.no_grad():
+                parameters["weight"].mul_(0.5)
+            history.append(parameters["weight"].detach().clone())
+            with contextlib.suppress(KeyboardInterrupt):
+                recorder.step()
+    run = hx.open(tmp_path / "run.zarr")["weights"]
+    assert (run["committed"].values > 0).tolist() == [[True] * 5, [True, True, False, True, True], [True] * 5]
+    expected = torch.stack(history[::2], 1).numpy()
+    stored = run["weight/weight"].values
+    np.testing.assert_array_equal(stored[[0, 2]], expected[[0, 2]])
+    np.testing.assert_array_equal(stored[1, [0, 1, 3, 4]], expected[1, [0, 1, 3, 4]])
+
+
+def test_start_that_fails__leaves_no_member_started(tmp_path: Path) -> None:
+    models = [nn.Linear(2, 1) for _ in SEEDS]
+    parameters, _ = stack_module_state(models)
+    for _ in range(2):  # a lease that was not given back would be noticed the second time
+        with pytest.raises(AttributeError):
+            rec.EnsembleRecorder(
+                tmp_path / "run.zarr", models[0], parameters, optimizer=object(),
+                probes=[rec.Weights()], schedule=rec.every(1, total_steps=9), seeds=SEEDS,
+            ).start()  # fmt: skip

@@ -63,6 +63,22 @@ def test_memory__is_used_again_only_after_release() -> None:
     assert (second.wait()[""]["weight"] == 2).all()
 
 
+def test_idle_memory__goes_when_another_size_is_needed() -> None:
+    copier = HostCopier()
+    for size in range(LARGE, LARGE + 5):
+        copier.take({"": {"weight": torch.zeros(size)}}).release()
+    assert sum(len(idle) for idle in copier._pool.values()) == 1
+    copier.clear()
+    assert not copier._pool
+
+
+def test_memory_taken_in_inference_mode__serves_outside_of_it() -> None:
+    copier = HostCopier()
+    with torch.inference_mode():
+        copier.take({"": {"weight": torch.zeros(LARGE)}}).release()
+    assert (copier.take({"": {"weight": torch.ones(LARGE)}}).wait()[""]["weight"] == 1).all()
+
+
 def test_take__of_strided_and_transposed_tensors() -> None:
     tensor = torch.arange(4.0 * LARGE).reshape(LARGE, 4)[:, ::2].T
     copied = HostCopier().take({"": {"weight": tensor}}).wait()[""]["weight"]

@@ -332,6 +332,23 @@ def test_estimate__counts_the_time_of_every_record(tmp_path: Path) -> None:
     assert "1000 records for this seed, about 0:00:2" in str(recorder.estimate())
 
 
+def test_estimate__leaves_warnings_to_the_run(tmp_path: Path) -> None:
+    model, optimizer = _model()
+    with torch.no_grad():
+        next(model.parameters()).fill_(1e6)  # beyond float16
+    recorder = rec.Recorder(
+        tmp_path / "run.zarr",
+        model,
+        optimizer,
+        probes=[rec.Weights(dtype="float16")],
+        schedule=rec.every(1, total_steps=9),
+    )
+    with pytest.warns(rec.OutOfRangeWarning):
+        recorder.estimate()
+    with pytest.warns(rec.OutOfRangeWarning), recorder:
+        pass
+
+
 def test_estimate__is_shown_before_the_first_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,3 +383,115 @@ def test_several_optimizers__count_the_last_ones_steps(tmp_path: Path) -> None:
     assert recorder.current_step == 4
     last = hx.open(tmp_path / "run.zarr")["weights/0.weight/weight"].values[0, -1]
     np.testing.assert_array_equal(last, model[0].weight.detach().numpy())
+
+
+def test_probes__may_be_given_to_several_recorders(tmp_path: Path) -> None:
+    """A probe remembers what it planned; two models must not share that."""
+    probes = [rec.Metrics(), rec.Weights()]
+    small, large = _model(2), _model(3)
+    recorders = [
+        rec.Recorder(
+            tmp_path / f"{i}.zarr",
+            model,
+            optimizer,
+            objective=rec.Objective(nn.functional.mse_loss, torch.ones(1, 2 + i), torch.ones(1, 2 + i)),
+            probes=probes,
+            schedule=rec.every(1, total_steps=3),
+        )
+        for i, (model, optimizer) in enumerate((small, large))
+    ]
+    with recorders[0], recorders[1]:
+        for model, optimizer in (small, large):
+            _train(model, optimizer, 3)
+    for i in range(2):
+        assert hx.open(tmp_path / f"{i}.zarr")["weights/weight/weight"].shape == (1, 4, 2 + i, 2 + i)
+
+
+def test_probe_that_records_rarely__is_committed_by_time_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hild_xr.recorders.recorder.FLUSH_SECONDS", 0.3)
+    model, optimizer = _model()
+    objective = rec.Objective(nn.functional.mse_loss, torch.ones(1, 4), torch.ones(1, 4))
+    with rec.Recorder(
+        tmp_path / "run.zarr",
+        model,
+        optimizer,
+        objective=objective,
+        probes=[rec.Metrics(), rec.Weights(schedule=rec.every(10**6, total_steps=10**6))],
+        schedule=rec.every(1, total_steps=10**6),
+    ):
+        deadline = time.monotonic() + 20
+        while hx.open(tmp_path / "run.zarr")["weights"].sizes["step"] == 0:
+            assert time.monotonic() < deadline
+            _train(model, optimizer, 20)
+
+
+def test_forked_child__may_leave_the_block_and_train_on(tmp_path: Path) -> None:
+    script = """
+import os
+with recorder:
+    train(5)
+    pid = os.fork()
+    if not pid:
+        train(200)
+        recorder.flush()
+        sys.exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    train(5)
+"""
+    ended = _run(tmp_path, script)
+    assert ended.returncode == 0, ended.stderr
+    assert hx.open(tmp_path / "run.zarr")["weights"].sizes["step"] == 11
+
+
+@pytest.mark.parametrize(("interrupts", "kept"), [(1, 21), (2, None)])
+def test_interrupts_while_closing__write_what_waits_or_drop_it(
+    tmp_path: Path, interrupts: int, kept: int | None
+) -> None:
+    script = """
+from hild_xr.store import RunWriter
+write = RunWriter.write
+RunWriter.write = lambda self, *a: (time.sleep(0.1), write(self, *a))
+recorder.start()
+train(20)
+print("closing", flush=True)
+recorder.close()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + script, str(tmp_path / "run.zarr")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for _ in range(interrupts):
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert b"interrupt again to drop them" in stderr
+    assert b"KeyboardInterrupt" in stderr
+    steps = hx.open(tmp_path / "run.zarr")["weights"].sizes["step"]
+    assert steps == kept if kept is not None else 2 <= steps < 21
+    assert hx.validate(tmp_path / "run.zarr").ok
+
+
+def test_step__outside_the_block_is_not_counted(tmp_path: Path) -> None:
+    model, optimizer = _model()
+    recorder = rec.Recorder(
+        tmp_path / "run.zarr", model, optimizer, probes=[rec.Weights()], schedule=rec.every(1, total_steps=9)
+    )
+    with pytest.raises(RuntimeError, match="inside its with block"):
+        recorder.step()
+    assert recorder.current_step == 0
+    with recorder.start() as same:
+        assert same is recorder
+
+
+def test_queue_without_room__is_refused_before_a_store_is_made(tmp_path: Path) -> None:
+    model, optimizer = _model()
+    with pytest.raises(ValueError, match="queue_bytes"):
+        rec.Recorder(
+            tmp_path / "run.zarr", model, optimizer, probes=[rec.Weights()],
+            schedule=rec.every(1, total_steps=9), queue_bytes=0,
+        )  # fmt: skip

@@ -106,7 +106,44 @@ def test_stop__finishes_what_is_queued_and_may_come_twice() -> None:
     queue.stop()
     queue.stop()
     assert done == list(range(20))
-    assert not any(thread.name == "hild-xr writer" and thread.is_alive() for thread in [queue._thread])
+    queue.join()
+    with pytest.raises(RuntimeError, match="closed"):
+        queue.put(lambda: done.append(20), 10)
+
+
+def test_stop__wakes_a_caller_that_waits_for_room_and_tells_it() -> None:
+    queue, gate, told = WriteQueue(max_bytes=10), threading.Event(), []
+
+    def put() -> None:
+        with pytest.raises(RuntimeError, match="closed"):
+            queue.put(lambda: told.append("run"), 10)
+        told.append("told")
+
+    queue.put(lambda: gate.wait() and None, 10)
+    waiting = threading.Thread(target=put)
+    waiting.start()
+    stopping = threading.Thread(target=queue.stop)
+    time.sleep(0.05)
+    stopping.start()
+    waiting.join(10)
+    gate.set()
+    stopping.join(10)
+    assert told == ["told"]
+
+
+def test_error__keeps_the_trace_of_the_job_alone() -> None:
+    queue, lengths = WriteQueue(max_bytes=10), []
+
+    def fail() -> None:
+        raise OSError("gone")
+
+    queue.put(fail, 1)
+    for _ in range(5):
+        with pytest.raises(OSError, match="gone") as caught:
+            queue.join()
+        lengths.append(len(caught.traceback))
+    queue.stop()
+    assert len(set(lengths)) == 1
 
 
 def test_bound__must_leave_room() -> None:
