@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -79,7 +79,7 @@ def reproduce(
 
 @app.command()
 def info(
-    run: Annotated[Path, typer.Argument(help="Path of a stored run.")],
+    run: Annotated[str, typer.Argument(help="Path or URL of a stored run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a stored run holds: seeds, probes, records, configuration, provenance."""
@@ -150,14 +150,17 @@ def main() -> None:
         _fail(error)
     except Exception as error:
         from hild_xr.store import StoreError
+        from hild_xr.store.backends import in_one_line, transport_errors
 
+        if isinstance(error, transport_errors()):
+            _fail(error, f"the store cannot be read: {in_one_line(error)}")
         if not isinstance(error, StoreError):
             raise
         _fail(error)
 
 
-def _fail(error: Exception) -> None:
-    typer.echo(f"hild-xr: {error}", err=True)
+def _fail(error: Exception, message: str | None = None) -> NoReturn:
+    typer.echo(f"hild-xr: {error if message is None else message}", err=True)
     raise SystemExit(EXIT_USAGE) from error
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import http.server
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,14 +49,87 @@ def test_info__as_json_is_for_programs(run_path: Path) -> None:
     assert held["provenance"] == {"device": "cpu"}
 
 
+def test_info__takes_a_url(run_path: Path) -> None:
+    assert runner.invoke(cli.app, ["info", run_path.as_uri()]).output == (
+        runner.invoke(cli.app, ["info", str(run_path)]).output
+    )
+    assert "2 of 10 records" in runner.invoke(cli.app, ["info", f"file:{run_path}"]).output
+
+
+@pytest.mark.parametrize("command", ["info", "validate"])
 @pytest.mark.parametrize(
-    "arguments",
-    [["info", "absent.zarr"], ["info", "."], ["validate", "absent.zarr"], ["validate", "."]],
+    "target",
+    ["absent.zarr", ".", "run.zip", "file://host/run.zarr", "file:/absent.zarr", "s3:/bucket/run.zarr"],
 )
-def test_wrong_path__is_a_usage_error_in_one_line(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_target__is_a_usage_error_in_one_line(
+    command: str,
+    target: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("run.zip").write_text("no zip")
+    assert_refused([command, target], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", ["info", "validate"])
+@pytest.mark.parametrize(("target", "package"), [("foo://bar", "fsspec"), ("s3://", "obstore")])
+def test_url_that_cannot_be_used__is_a_usage_error_in_one_line(
+    command: str,
+    target: str,
+    package: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip(package)
+    assert f"cannot use '{target}'" in assert_refused([command, target], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", ["info", "validate"])
+def test_server_that_refuses__is_a_usage_error_in_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("obstore")
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{web.server_port}/run.zarr"
+        told = assert_refused([command, address], monkeypatch, capsys)
+        web.shutdown()
+    assert "cannot be read: " in told
+    assert address in told
+    assert "403" in told
+
+
+def test_bug__is_shown_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(target: object) -> None:
+        raise ValueError(f"a bug that has to do with {target}")
+
+    monkeypatch.setattr("hild_xr.store.summary.summarise", fail)
+    monkeypatch.setattr("sys.argv", ["hild-xr", "info", "run.zarr"])
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main()
+
+
+@pytest.mark.parametrize("command", ["info", "validate"])
+def test_command__on_an_array_in_a_run_says_that_it_is_no_run(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    told = assert_refused([command, str(run_path / "metrics/train_loss")], monkeypatch, capsys)
+    assert "is not a Zarr group" in told
+
+
+def assert_refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
     monkeypatch.setattr("sys.argv", ["hild-xr", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -62,7 +137,8 @@ def test_wrong_path__is_a_usage_error_in_one_line(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("hild-xr: ")
-    assert "Traceback" not in shown.err
+    assert shown.err.count("\n") == 1
+    return shown.err
 
 
 def test_reproduce__refuses_what_it_does_not_know(tmp_path: Path) -> None:

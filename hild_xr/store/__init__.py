@@ -4,7 +4,7 @@
 seed, ``open_run`` shows what is committed. Nothing here knows torch.
 """
 
-from hild_xr.store.backends import StoreLike
+from hild_xr.store.backends import StoreLike, UnusableTargetError
 from hild_xr.store.create import create, stored_plan
 from hild_xr.store.errors import (
     DamagedRecordError,
@@ -39,6 +39,7 @@ __all__ = [
     "StoreError",
     "StoreLike",
     "StoreWriteError",
+    "UnusableTargetError",
     "ValidationReport",
     "WriterBusyError",
     "check_space",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+import struct
+import sys
 import zipfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,9 @@ from urllib.request import url2pathname
 import zarr
 from zarr.abc.store import Store
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore, ObjectStore, ZipStore
+from zarr.storage import FsspecStore, LocalStore, LoggingStore, ObjectStore, WrapperStore, ZipStore
 
-from hild_xr.store.errors import NotAStoreError
+from hild_xr.store.errors import NotAStoreError, StoreError
 from hild_xr.store.icechunk_session import BranchStore, Repository, Session
 
 OBJECT_SCHEMES = frozenset({"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"})
@@ -25,6 +29,73 @@ OBJECT_SCHEMES = frozenset({"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "
 
 _HTTP_SCHEMES = frozenset({"http", "https"})
 _LOCAL_SCHEMES = frozenset({"file", "local"})
+_CACHING = frozenset({"simplecache", "filecache", "blockcache", "cached"})
+_TRANSPARENT = (WrapperStore, LoggingStore)
+"""Wrappers that change neither keys nor values. Of one from elsewhere, nobody knows."""
+
+_ONE_SLASH = re.compile(r"([A-Za-z0-9]+):/(?!/)")
+
+_UNREADABLE_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    UnicodeDecodeError,
+)
+"""What zipfile raises where the bytes of a zip file are damaged: a flipped bit may also say that an entry
+is encrypted (RuntimeError) or packed in a way nobody knows (NotImplementedError)."""
+
+_TRANSPORT_ERRORS = {
+    "obstore.exceptions": "BaseError",
+    "aiohttp": "ClientError",
+    "botocore.exceptions": "BotoCoreError",
+}
+"""Base of what the packages behind URLs raise, where it is no OSError."""
+
+
+class UnusableTargetError(StoreError, ValueError):
+    """The path, URL or store cannot be used for what is asked, whatever lies there."""
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """Return what a server that cannot be reached, or refuses, raises besides an ``OSError``.
+
+    Only packages that are imported are asked: others can have raised nothing.
+
+    Examples
+    --------
+    >>> any(issubclass(kind, OSError) for kind in transport_errors())
+    False
+    """
+    return tuple(
+        getattr(sys.modules[module], name)
+        for module, name in _TRANSPORT_ERRORS.items()
+        if module in sys.modules
+    )
+
+
+def damage_errors(store: Store) -> tuple[type[Exception], ...]:
+    """Return what reading from a store raises where its own bytes are damaged: of a zip file, much.
+
+    Examples
+    --------
+    >>> damage_errors(LocalStore("run.zarr"))
+    ()
+    """
+    return _UNREADABLE_ZIP if isinstance(store, ZipStore) else ()
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""Say what an error says, without the dump of its source that obstore adds.
+
+    Examples
+    --------
+    >>> in_one_line(ValueError("no route\n\nDebug source: ..."))
+    'no route'
+    """
+    return str(error).partition("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -78,18 +149,23 @@ class Location:
         if isinstance(self.store, BranchStore):
             self.store.commit(message)
 
-    def refresh(self) -> None:
-        """Let readers see what was committed since.
+    def latest(self) -> Location:
+        """Return where readers see what was committed since.
 
-        Does nothing except on a branch of an Icechunk repository, which is read
-        from one snapshot until then.
+        That is this location, except for a branch of an Icechunk repository to
+        which something was committed: a location is read from one snapshot, and
+        stays on it.
 
         Examples
         --------
-        >>> locate("runs/digits.zarr").refresh()
+        >>> location = locate("runs/digits.zarr")
+        >>> location.latest() is location
+        True
         """
         if isinstance(self.store, BranchStore) and self.store.read_only:
-            self.store.renew()
+            store = self.store.latest()
+            return self if store.snapshot_id == self.store.snapshot_id else replace(self, store=store)
+        return self
 
 
 StoreLike = str | os.PathLike[str] | Store | Repository | Session | Location
@@ -112,7 +188,8 @@ def locate(target: StoreLike, *, read_only: bool = False) -> Location:
     =======================  ====================================================
 
     Local paths never go through fsspec's ``file://``, which writes in place and
-    tears records. A zarr store that does so is replaced by a LocalStore.
+    tears records. A store of fsspec or obstore that keeps a local folder is
+    replaced by a LocalStore, so that two writers meet at the lease beside it.
 
     Credentials and endpoints of object stores come from the environment. For
     S3: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``,
@@ -139,9 +216,10 @@ def locate(target: StoreLike, *, read_only: bool = False) -> Location:
     ------
     TypeError
         If the target is none of these, or a writable Icechunk session.
-    ValueError
-        If a zip file or a web address is to be written to, or the URL cannot
-        be used.
+    UnusableTargetError
+        A ValueError. If a zip file, a web address, or a local folder behind
+        a wrapper store from elsewhere is to be written to, or the URL cannot be
+        used.
     NotAStoreError
         If a file that is named like a zip file is none.
     ImportError
@@ -168,10 +246,31 @@ def locate(target: StoreLike, *, read_only: bool = False) -> Location:
             f"got {type(target).__module__}.{type(target).__qualname__}"
         )
     text = os.fspath(target)
+    text = _with_both_slashes(text)
     if "://" in text:
         return _of_url(text, read_only=read_only)
     # absolute: the process may change its folder while it records
     return _of_path(Path(text).expanduser().absolute(), read_only=read_only)
+
+
+def _with_both_slashes(text: str) -> str:
+    """Complete ``file:/folder``, which means the same as ``file:///folder``; refuse what pathlib broke.
+
+    Examples
+    --------
+    >>> _with_both_slashes("file:/data/run.zarr")
+    'file:///data/run.zarr'
+    """
+    found = _ONE_SLASH.match(text)
+    scheme = found[1].lower() if found else ""
+    if found and scheme in _LOCAL_SCHEMES:
+        return f"{scheme}://{text[found.end() - 1 :]}"
+    if found and scheme in OBJECT_SCHEMES | _HTTP_SCHEMES:
+        raise UnusableTargetError(
+            f"{text!r} looks like a URL that went through pathlib.Path, which takes a slash away; "
+            f"pass the text {scheme + '://' + text[found.end() :]!r}"
+        )
+    return text
 
 
 def _of_path(path: Path, *, read_only: bool) -> Location:
@@ -188,10 +287,14 @@ def _of_url(url: str, *, read_only: bool) -> Location:
     if scheme in _LOCAL_SCHEMES:
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
-            raise ValueError(f"{url!r} names the host {parts.netloc!r}; a local folder is file:///folder")
+            raise UnusableTargetError(
+                f"{url!r} names the host {parts.netloc!r}; a local folder is file:///folder"
+            )
         return _of_path(Path(url2pathname(parts.path)).absolute(), read_only=read_only)
     if scheme in _HTTP_SCHEMES and not read_only:
-        raise ValueError(f"{url!r} can be read only; record into a folder or an object store (s3://, gs://)")
+        raise UnusableTargetError(
+            f"{url!r} can be read only; record into a folder or an object store (s3://, gs://)"
+        )
     by_obstore = scheme in OBJECT_SCHEMES | _HTTP_SCHEMES
     store = _object_store(url, read_only=read_only) if by_obstore else _fsspec_store(url, read_only=read_only)
     if (path := _local_folder(store)) is not None:
@@ -209,40 +312,90 @@ def _object_store(url: str, *, read_only: bool) -> Store:
     try:
         store = obstore.store.from_url(url, **options)
     except obstore.exceptions.BaseError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot use {_without_password(url)!r}: {reason}") from error
+        raise _unusable(url, error) from error
     return ObjectStore(store, read_only=read_only)
 
 
 def _fsspec_store(url: str, *, read_only: bool) -> Store:
     if find_spec("fsspec") is None:
         raise _missing("fsspec", url)
-    return FsspecStore.from_url(url, read_only=read_only)
+    try:
+        return FsspecStore.from_url(url, read_only=read_only)
+    except ValueError as error:
+        raise _unusable(url, error) from error
+
+
+def _unusable(url: str, error: Exception) -> UnusableTargetError:
+    return UnusableTargetError(f"cannot use {_without_password(url)!r}: {in_one_line(error)}")
 
 
 def _of_store(store: Store, *, read_only: bool) -> Location:
-    path = _local_folder(store)
-    if path is not None and not isinstance(store, LocalStore):
-        store = LocalStore(path, read_only=read_only or store.read_only)
     if isinstance(store, ZipStore):
-        if not read_only:
-            raise _no_writing_into(store.path)
-        try:
-            sync(store._ensure_open())  # its readers expect that
-        except zipfile.BadZipFile as error:
-            raise NotAStoreError(f"{store.path} is not a zip file, or is cut off: {error}") from error
-        return Location(store, None, name=str(store.path))
-    return Location(store, path)
+        return _of_zip(store, read_only=read_only)
+    if isinstance(store, BranchStore):
+        # one of the reader's own: whoever holds the other may renew it, or commit to it
+        return Location(store.latest() if read_only else store, None)
+    inner, transparent = _unwrapped(store)
+    path = _local_folder(inner)
+    if path is None:
+        return Location(store, None)
+    if not transparent:
+        if read_only:
+            return Location(store, None)
+        raise UnusableTargetError(
+            f"{type(store).__qualname__} wraps the local folder {path}: what it does to keys and values is "
+            "not known, so its writers cannot share a lease with those of the folder; pass the path"
+        )
+    if isinstance(inner, LocalStore) and inner.root.is_absolute():
+        return Location(store, path)
+    if isinstance(store, LocalStore):
+        store = copy.copy(store)  # the caller's own stays as it is
+        store.root = path
+        return Location(store, path)
+    return Location(LocalStore(path, read_only=read_only or store.read_only), path)
+
+
+def _of_zip(store: ZipStore, *, read_only: bool) -> Location:
+    if not read_only:
+        raise _no_writing_into(store.path)
+    try:
+        sync(store._ensure_open())  # its readers expect that
+    except _UNREADABLE_ZIP as error:
+        raise NotAStoreError(f"{store.path} is not a zip file, or is cut off: {error}") from error
+    return Location(store, None, name=str(store.path))
+
+
+def _unwrapped(store: Store) -> tuple[Store, bool]:
+    """Return what all wrappers are around, and whether they change neither keys nor values."""
+    transparent = True
+    while isinstance(store, WrapperStore):
+        transparent &= type(store) in _TRANSPARENT
+        store = store._store
+    return store, transparent
 
 
 def _local_folder(store: Store) -> Path | None:
-    """Folder of a store that keeps plain files on this machine."""
+    """Folder of a store that keeps plain files on this machine, absolute."""
     if isinstance(store, LocalStore):
-        return store.root
+        return store.root.absolute()
     if isinstance(store, FsspecStore):
-        protocol = store.fs.protocol
-        protocols = {protocol} if isinstance(protocol, str) else set(protocol)
-        return Path(store.path) if protocols & _LOCAL_SCHEMES else None
+        return _fsspec_folder(store.fs, store.path)
+    if isinstance(store, ObjectStore) and type(store.store).__name__ == "LocalStore":
+        return Path(store.store.prefix or "/").absolute()
+    return None
+
+
+def _fsspec_folder(fs: Any, path: str) -> Path | None:
+    """Folder that a path means, if a local file system is behind those that only pass it on."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if protocols & _LOCAL_SCHEMES:
+        return Path(path).absolute()
+    if (synchronous := getattr(fs, "sync_fs", None)) is not None:
+        return _fsspec_folder(synchronous, path)
+    if "dir" in protocols:
+        return _fsspec_folder(fs.fs, f"{fs.path}/{path}")
+    if protocols & _CACHING:
+        return _fsspec_folder(fs.fs, path)
     return None
 
 
@@ -260,8 +413,8 @@ def _of_session(session: Session, *, read_only: bool) -> Location:
     return Location(session.store, None, name=f"snapshot {session.snapshot_id} of an Icechunk repository")
 
 
-def _no_writing_into(path: Path) -> ValueError:
-    return ValueError(
+def _no_writing_into(path: Path) -> UnusableTargetError:
+    return UnusableTargetError(
         f"{path} is a zip file, which is read only: a write that is cut off would make all of it "
         "unreadable. Record into a folder, then zip what the folder holds, without compression: "
         f"cd RUN.zarr && zip -r -0 {path} ."

@@ -7,8 +7,9 @@ kept; only the markers change, and they are all that a live reader asks for agai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from hild_xr.plan import RunPlan
-from hild_xr.store.backends import Location, StoreLike, locate
-from hild_xr.store.errors import NotAStoreError
+from hild_xr.store.backends import Location, StoreLike, damage_errors, locate
+from hild_xr.store.errors import DamagedRecordError, NotAStoreError, StoreError
 from hild_xr.store.lazy_array import Source, read_marker
-from hild_xr.store.root import plan_of, read_root
+from hild_xr.store.root import plan_of, reaching, read_root
 
 Markers = Mapping[str, NDArray[np.uint16]]
 """Attempt that wrote each record, ``(seed, step)``, by probe; 0 where there is none."""
@@ -29,6 +30,37 @@ MARKER = "committed"
 """Name of the marker in a probe's group."""
 
 _ROOT = "zarr.json"
+
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+"""What looking into a document raises that lacks a key, or holds another kind of value there."""
+
+
+@contextmanager
+def sound_metadata(location: Location) -> Iterator[None]:
+    """Say that metadata are damaged where what they hold cannot be used.
+
+    Raises
+    ------
+    NotAStoreError
+        Instead of what looking into a malformed document raises.
+
+    Examples
+    --------
+    >>> with sound_metadata(locate("run.zarr")):
+    ...     {"shape": [3]}["data_type"]
+    Traceback (most recent call last):
+        ...
+    hild_xr.store.errors.NotAStoreError: ... metadata are damaged: KeyError: 'data_type'; hild-xr validate ...
+    """
+    try:
+        yield
+    except StoreError:
+        raise  # some are ValueErrors, and all say what is wrong
+    except _MALFORMED as error:
+        raise NotAStoreError(
+            f"{location}: its metadata are damaged: {type(error).__name__}: {error}; "
+            f"hild-xr validate {location} says where"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +89,11 @@ class Contents:
         """Attributes of a group or an array."""
         return dict(self.nodes[path].get("attributes", {}))
 
+    def latest(self) -> Contents:
+        """Return the same where readers see what was committed since: itself, except with Icechunk."""
+        location = self.location.latest()
+        return self if location is self.location else replace(self, location=location)
+
     def source(self, path: str) -> Source:
         """Return the array at a path, to be opened when it is read."""
         return Source(self.location.store, path, self.nodes[path], str(self.location))
@@ -83,7 +120,9 @@ def read_contents(target: StoreLike) -> Contents:
     FileNotFoundError
         If nothing is there.
     NotAStoreError
-        If what is there was not written by hild-xr, or is not complete yet.
+        If what is there was not written by hild-xr, is not complete yet, or is damaged.
+    StoreError
+        If the store cannot be reached.
 
     Examples
     --------
@@ -96,13 +135,14 @@ def read_contents(target: StoreLike) -> Contents:
     ['seed', 'step', 'layer', 'eig']
     """
     location = locate(target, read_only=True)
-    root = read_root(location)
-    attributes = root["attributes"]
-    plan = plan_of(root, location)
-    consolidated = root.get("consolidated_metadata")
-    nodes = consolidated["metadata"] if consolidated else _listed(location)
-    contents = Contents(location, plan, {"": {"attributes": attributes}, **nodes})
-    _refuse_incomplete(contents)
+    with sound_metadata(location), reaching(location):
+        root = read_root(location)
+        attributes = root["attributes"]
+        plan = plan_of(root, location)
+        consolidated = root.get("consolidated_metadata")
+        nodes = consolidated["metadata"] if consolidated else _listed(location)
+        contents = Contents(location, plan, {"": {"attributes": attributes}, **nodes})
+        _refuse_incomplete(contents)
     return contents
 
 
@@ -115,9 +155,19 @@ def read_markers(contents: Contents) -> Markers:
         If the run is gone.
     DamagedRecordError
         If a marker cannot be read.
+    NotAStoreError
+        If the metadata of a marker are damaged.
+    StoreError
+        If the store cannot be reached.
     """
-    contents.location.refresh()  # an Icechunk branch is read from one snapshot until then
-    return sync(_markers(contents))
+    with sound_metadata(contents.location), reaching(contents.location):
+        try:
+            return sync(_markers(contents))
+        except damage_errors(contents.location.store) as error:
+            raise DamagedRecordError(
+                f"{contents.location}: a marker of what is committed cannot be read: {error}; the file is "
+                f"damaged. hild-xr validate {contents.location} lists all damage"
+            ) from error
 
 
 async def _markers(contents: Contents) -> Markers:

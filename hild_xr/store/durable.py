@@ -72,7 +72,9 @@ class DurableStore(LocalStore):
         self._check_writable()
         await asyncio.to_thread(self._put, self.root / key, [value.as_buffer_like()], exclusive=True)
 
-    def _put(self, path: Path, parts: Sequence[bytes | bytearray | memoryview], *, exclusive: bool = False) -> None:
+    def _put(
+        self, path: Path, parts: Sequence[bytes | bytearray | memoryview], *, exclusive: bool = False
+    ) -> None:
         self._make_folder(path.parent)
         scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:

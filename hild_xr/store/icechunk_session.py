@@ -64,6 +64,7 @@ class BranchStore(WrapperStore[Store]):
         Name of the branch.
     read_only
         Show the last snapshot of the branch, until :meth:`renew` shows the one that is last then.
+        :meth:`latest` shows that one in another store.
 
     Examples
     --------
@@ -109,6 +110,18 @@ class BranchStore(WrapperStore[Store]):
         """Go on from the last snapshot of the branch; what was not committed is given up."""
         self._session = self._next_session()
         self._store = self._session.store
+
+    @property
+    def snapshot_id(self) -> str:
+        """The snapshot that it shows, or that writing goes on from."""
+        return self._session.snapshot_id
+
+    def latest(self) -> BranchStore:
+        """Return another store, read-only, on the last snapshot of the branch.
+
+        This one stays where it is, and so does what was opened from it.
+        """
+        return BranchStore(self._repository, self._branch, read_only=True)
 
     def with_read_only(self, read_only: bool = False) -> Any:
         """Return this store, or a read-only view of what it shows now."""

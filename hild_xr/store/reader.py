@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from hild_xr.plan import OWN_NODE, CoordPlan, NodePlan
 from hild_xr.store.backends import StoreLike
-from hild_xr.store.contents import MARKER, Contents, Markers, read_contents, read_markers
+from hild_xr.store.contents import MARKER, Contents, Markers, read_contents, read_markers, sound_metadata
 from hild_xr.store.lazy_array import Marker, StoredArray
 from hild_xr.variables import DIM_SEED, DIM_STEP
 
@@ -87,10 +87,13 @@ def open_run(target: StoreLike) -> xr.DataTree:
     FileNotFoundError
         If nothing is there.
     NotAStoreError
-        If what is there was not written by hild-xr, or is being created; plain
-        ``xarray.open_datatree(path, engine="zarr")`` may read the former.
+        If what is there was not written by hild-xr, is being created, or has
+        damaged metadata; plain ``xarray.open_datatree(path, engine="zarr")`` may
+        read the first.
     DamagedRecordError
         If a marker is damaged.
+    StoreError
+        If the store cannot be reached.
 
     Examples
     --------
@@ -115,7 +118,8 @@ def refresh_run(tree: xr.DataTree) -> xr.DataTree:
     """Show what is committed now, with plan and metadata of the tree that is open.
 
     Only the markers are read, so this is cheap enough to poll. Selections made
-    on the tree, and variables added to it, are not repeated.
+    on the tree, and variables added to it, are not repeated. The tree that is
+    given stays as it is; on a branch of an Icechunk repository, on its snapshot.
 
     Parameters
     ----------
@@ -125,8 +129,8 @@ def refresh_run(tree: xr.DataTree) -> xr.DataTree:
     Returns
     -------
     xarray.DataTree
-        The same object if no marker has changed, else a new tree; of a node,
-        the same node of the new tree.
+        The same object if no marker has changed (with Icechunk: if nothing was
+        committed), else a new tree; of a node, the same node of the new tree.
 
     Raises
     ------
@@ -155,10 +159,13 @@ def refresh_run(tree: xr.DataTree) -> xr.DataTree:
             "this tree does not know its run: it was not opened by hx.open, or was put together from parts "
             "of one that was. Open the run again with hx.open(path)"
         )
-    now = read_markers(opened.contents)
-    if all(np.array_equal(now[name], seen) for name, seen in opened.seen.items()):
+    contents = opened.contents.latest()
+    now = read_markers(contents)
+    same = all(np.array_equal(now[name], seen) for name, seen in opened.seen.items())
+    # A branch may be set back, and its attempts counted anew: one snapshot is one state, markers are not.
+    if same and contents is opened.contents:
         return tree
-    node = _tree(opened.contents, now)[tree.path]
+    node = _tree(contents, now)[tree.path]
     if not isinstance(node, xr.DataTree):
         raise ValueError(f"{tree.path} is no node of the run; refresh the tree that hx.open returned")
     return node
@@ -210,6 +217,11 @@ def _no_collection() -> Iterator[None]:
 
 @_no_collection()
 def _tree(contents: Contents, seen: Markers) -> xr.DataTree:
+    with sound_metadata(contents.location):
+        return _built(contents, seen)
+
+
+def _built(contents: Contents, seen: Markers) -> xr.DataTree:
     root = xr.Dataset(attrs=contents.attributes(""))
     root.encoding = {"source": str(contents.location), _HANDLE: _Opened(contents, seen)}
     told: dict[str, object] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +14,7 @@ from zarr.core.sync import sync
 from zarr.storage import ZipStore
 
 from hild_xr.plan import RunPlan
-from hild_xr.store.backends import Location
+from hild_xr.store.backends import Location, damage_errors, in_one_line, transport_errors
 from hild_xr.store.errors import NotAStoreError, StoreError
 from hild_xr.store.fingerprint import ROOT_KEY
 from hild_xr.variables import SCHEMA_VERSION
@@ -25,6 +27,27 @@ takes the store for a complete one.
 """
 
 
+@contextmanager
+def reaching(location: Location) -> Iterator[None]:
+    """Say which store it was that could not be reached, or refused.
+
+    Raises
+    ------
+    StoreError
+        Instead of what obstore, or a file system of fsspec, raises on its own.
+
+    Examples
+    --------
+    >>> from hild_xr.store.backends import locate
+    >>> with reaching(locate("run.zarr")):
+    ...     pass  # ask the store for something
+    """
+    try:
+        yield
+    except transport_errors() as error:
+        raise StoreError(f"{location} cannot be read: {in_one_line(error)}") from error
+
+
 def stored_root(location: Location) -> dict[str, Any] | None:
     """Read the root's ``zarr.json`` as it is, complete or not; None if there is none.
 
@@ -32,8 +55,17 @@ def stored_root(location: Location) -> dict[str, Any] | None:
     ------
     NotAStoreError
         If it is torn, or is not that of a group.
+    StoreError
+        If the store cannot be reached.
     """
-    stored = sync(location.store.get(ROOT_KEY, default_buffer_prototype()))
+    try:
+        with reaching(location):
+            stored = sync(location.store.get(ROOT_KEY, default_buffer_prototype()))
+    except damage_errors(location.store) as error:
+        raise NotAStoreError(
+            f"{location}: its metadata are damaged: {ROOT_KEY} cannot be read ({type(error).__name__}: "
+            f"{error}); hild-xr validate {location} says where"
+        ) from error
     if stored is None:
         return None
     try:
@@ -70,6 +102,11 @@ def read_root(location: Location) -> dict[str, Any]:
     if root is None:
         raise NotAStoreError(f"{location} is not a Zarr group: it holds no {ROOT_KEY}")
     attributes = root.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise NotAStoreError(
+            f"{location}: its metadata are damaged: the attributes in {ROOT_KEY} are a "
+            f"{type(attributes).__name__}; hild-xr validate {location} says where"
+        )
     if CREATING in attributes:
         raise FileNotFoundError(
             f"no run at {location} yet: it is being created; try again in a moment. If its creator died, "

@@ -3,11 +3,23 @@ from __future__ import annotations
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from zarr.storage import LocalStore, LoggingStore, MemoryStore, ZipStore
+from zarr.abc.store import Store
+from zarr.storage import (
+    FsspecStore,
+    LocalStore,
+    LoggingStore,
+    MemoryStore,
+    ObjectStore,
+    WrapperStore,
+    ZipStore,
+)
 
+from hild_xr.store import RunWriter, StoreError, WriterBusyError, open_run
 from hild_xr.store.backends import Location, locate
+from hild_xr.testing import random_record, spectrum_plan
 
 
 def test_locate__takes_local_paths_through_the_atomic_local_store(tmp_path: Path) -> None:
@@ -26,6 +38,29 @@ def test_locate__reads_a_file_url_as_the_path_it_names(tmp_path: Path) -> None:
         locate("file://server/share/run.zarr")
 
 
+def test_locate__reads_a_file_url_with_one_slash_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target in (
+        f"file:{tmp_path}/run.zarr",
+        Path(f"file://{tmp_path}/run.zarr"),
+        f"FILE:{tmp_path}/run.zarr",
+    ):
+        assert locate(target).path == tmp_path / "run.zarr"
+
+
+def test_locate__says_that_pathlib_broke_a_url() -> None:
+    with pytest.raises(ValueError, match=r"pathlib\.Path.* pass the text 's3://bucket/run\.zarr'"):
+        locate(Path("s3://bucket/run.zarr"))
+
+
+def test_locate__refuses_as_a_value_error_of_the_store() -> None:
+    with pytest.raises(ValueError, match="names the host") as caught:
+        locate("file://server/run.zarr")
+    assert isinstance(caught.value, StoreError)
+
+
 def test_locate__keeps_a_relative_path_when_the_process_changes_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,6 +70,97 @@ def test_locate__keeps_a_relative_path_when_the_process_changes_its_folder(
     assert location.path == tmp_path / "run.zarr"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate("~/run.zarr").path == tmp_path / "run.zarr"
+
+
+def test_record__into_a_relative_local_store_outlives_a_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    plan, store = spectrum_plan(seeds=(0,)), LocalStore("run.zarr")
+    with RunWriter(store, plan, 0) as writer:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        writer.write("metrics", 0, random_record(plan, "metrics", seed=0, step=0))
+    assert open_run(tmp_path / "run.zarr")["metrics"].sizes["step"] == 1
+    assert list(Path.cwd().iterdir()) == []
+    assert store.root == Path("run.zarr"), "the caller's store is the caller's"
+
+
+def wrapped(folder: Path) -> Store:
+    return WrapperStore(LocalStore(folder))
+
+
+def logged(folder: Path) -> Store:
+    return LoggingStore(WrapperStore(LocalStore(folder)))
+
+
+def of_obstore(folder: Path) -> Store:
+    obstore = pytest.importorskip("obstore")
+    return ObjectStore(obstore.store.LocalStore(folder))
+
+
+def of_fsspec_folder(folder: Path) -> Store:
+    pytest.importorskip("fsspec")
+    from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    inner = DirFileSystem(str(folder.parent), LocalFileSystem())
+    return FsspecStore(AsyncFileSystemWrapper(inner, asynchronous=True), path=folder.name)
+
+
+def of_fsspec_async_folder(folder: Path) -> Store:
+    pytest.importorskip("fsspec")
+    from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    local = AsyncFileSystemWrapper(LocalFileSystem(), asynchronous=True)
+    return FsspecStore(DirFileSystem(str(folder), local, asynchronous=True), path="/")
+
+
+def of_fsspec_cache(folder: Path) -> Store:
+    pytest.importorskip("fsspec")
+    return FsspecStore.from_url(f"simplecache::file://{folder}")
+
+
+def cached_url(folder: Path) -> str:
+    pytest.importorskip("fsspec")
+    return f"simplecache::file://{folder}"
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [wrapped, logged, of_obstore, of_fsspec_folder, of_fsspec_async_folder, of_fsspec_cache, cached_url],
+)
+def test_second_writer__is_refused_however_the_local_folder_is_reached(disguise: Any, tmp_path: Path) -> None:
+    plan, folder = spectrum_plan(seeds=(0,)), tmp_path / "run.zarr"
+    with RunWriter(folder, plan, 0) as first:
+        for probe in plan.probes:
+            first.write(probe, 0, random_record(plan, probe, seed=0, step=0))
+        first.flush()
+        target = disguise(folder)
+        assert locate(target).path == folder
+        with pytest.raises(WriterBusyError):
+            RunWriter(target, plan, 0, resume_at=0)
+    with RunWriter(disguise(folder), plan, 0, resume_at=0) as second:
+        second.write("metrics", 1, random_record(plan, "metrics", seed=0, step=1))
+    assert open_run(disguise(folder))["metrics"].sizes["step"] == 2
+
+
+def test_locate__keeps_a_log_of_a_local_folder(tmp_path: Path) -> None:
+    store = LoggingStore(LocalStore(tmp_path))
+    assert locate(store).store is store
+
+
+def test_locate__writes_through_no_wrapper_it_does_not_know(tmp_path: Path) -> None:
+    class Encrypting(WrapperStore[LocalStore]):
+        pass
+
+    store = Encrypting(LocalStore(tmp_path / "run.zarr"))
+    with pytest.raises(ValueError, match=r"Encrypting wraps the local folder .*run\.zarr.*pass the path"):
+        locate(store)
+    assert locate(store, read_only=True).store is store
 
 
 def test_locate__takes_any_zarr_store() -> None:

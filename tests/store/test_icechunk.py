@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import icechunk
 import numpy as np
@@ -20,6 +22,7 @@ from hild_xr.store import (
     StoreWriteError,
     create,
     open_run,
+    refresh_run,
     stored_plan,
 )
 from hild_xr.store.backends import locate, zarr_array
@@ -109,9 +112,75 @@ def test_location__read_only_stays_at_its_snapshot_until_it_is_refreshed(
         write_step(writer, plan, 0, 0)
     marker = zarr_array(zarr.open_group(reading.store, mode="r"), "metrics/committed")
     assert marker[0].tolist() == [0, 0, 0, 0, 0]
-    reading.refresh()
+    reading = reading.latest()
     marker = zarr_array(zarr.open_group(reading.store, mode="r"), "metrics/committed")
     assert marker[0].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_refresh__leaves_the_old_tree_on_its_snapshot(repository: icechunk.Repository) -> None:
+    plan, attempts = spectrum_plan(seeds=(0,)), {}
+    with RunWriter(repository, plan, 0) as writer:
+        write_step(writer, plan, 0, 0)
+    for attempt in (1, 2):
+        with RunWriter(repository, plan, 0, resume_at=0) as writer:
+            record = random_record(plan, "weights", seed=0, step=1, attempt=attempt)
+            writer.write("weights", 1, record)
+        attempts[attempt] = record["fc.weight"]["weight"]
+        if attempt == 1:
+            old = open_run(repository)
+    new = refresh_run(old)
+    for tree, attempt in ((old, 1), (new, 2), (old, 1)):
+        shown = tree["weights/fc.weight/weight"].sel(seed=0, step=1).values
+        np.testing.assert_array_equal(shown, attempts[attempt])
+    assert refresh_run(new) is new
+    assert refresh_run(old) is not old
+
+
+def test_refresh__of_a_tree_that_was_pickled_shows_what_came_since(tmp_path: Path) -> None:
+    repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path)))
+    plan = spectrum_plan(seeds=(0,))
+    with RunWriter(repository, plan, 0) as writer:
+        write_step(writer, plan, 0, 0)
+        writer.flush()
+        travelled = pickle.loads(pickle.dumps(open_run(repository)))
+        write_step(writer, plan, 0, 1)
+    assert refresh_run(travelled)["weights"].sizes["step"] == 2
+    assert travelled["weights"].sizes["step"] == 1
+
+
+def test_refresh__shows_a_branch_that_was_set_back_and_recorded_anew(
+    repository: icechunk.Repository,
+) -> None:
+    plan, written = spectrum_plan(seeds=(0,)), {}
+    create(repository, plan)
+    begun = repository.lookup_branch("main")
+    for attempt in (1, 2):
+        repository.reset_branch("main", begun)
+        with RunWriter(repository, plan, 0) as writer:
+            record = random_record(plan, "metrics", seed=0, step=0, attempt=attempt)
+            writer.write("metrics", 0, record)
+        written[attempt] = record[""]["train_loss"]
+        if attempt == 1:
+            old = open_run(repository)
+    new = refresh_run(old)
+    assert new["metrics/committed"].values.tolist() == old["metrics/committed"].values.tolist()
+    assert new["metrics/train_loss"].values.tolist() == [[written[2]]]
+    assert old["metrics/train_loss"].values.tolist() == [[written[1]]]
+
+
+def test_tree__stays_when_the_store_it_was_opened_from_goes_on(repository: icechunk.Repository) -> None:
+    plan = spectrum_plan(seeds=(0,))
+    with RunWriter(repository, plan, 0) as writer:
+        write_step(writer, plan, 0, 0)
+        write_step(writer, plan, 0, 1)
+    reading, writing = BranchStore(repository, read_only=True), BranchStore(repository)
+    trees = [open_run(store) for store in (reading, writing)]
+    with RunWriter(writing, plan, 0, resume_at=0) as writer:
+        writer.write("metrics", 1, random_record(plan, "metrics", seed=0, step=1, attempt=2))
+    reading.renew()
+    expected = random_record(plan, "metrics", seed=0, step=1)[""]["train_loss"]
+    for tree in trees:
+        assert tree["metrics/train_loss"].values[0, 1] == expected
 
 
 def test_seeds__written_at_once_all_arrive() -> None:

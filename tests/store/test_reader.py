@@ -163,6 +163,66 @@ def test_open__of_a_damaged_root_says_so(uneven: tuple[Path, RunPlan]) -> None:
         hx.open(uneven[0])
 
 
+LOST = object()
+"""Stands for a key that is taken out of a document."""
+
+ARRAY = ("consolidated_metadata", "metadata", "metrics/train_loss")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("attributes",), None),
+        (("attributes",), [1]),
+        (("attributes", "plan"), 5),
+        (("attributes", "schema_version"), {}),
+        (("consolidated_metadata",), 5),
+        (("consolidated_metadata",), {"metadata": None}),
+        (("consolidated_metadata", "metadata"), LOST),
+        (("consolidated_metadata", "metadata", "metrics"), LOST),
+        (("consolidated_metadata", "metadata", "metrics/step"), LOST),
+        (("consolidated_metadata", "metadata", "metrics/committed"), {}),
+        (ARRAY, 5),
+        ((*ARRAY, "shape"), LOST),
+        ((*ARRAY, "shape"), 5),
+        ((*ARRAY, "shape"), [7, 7]),
+        ((*ARRAY, "shape"), ["x", "y"]),
+        ((*ARRAY, "dimension_names"), LOST),
+        ((*ARRAY, "dimension_names"), ["seed"]),
+        ((*ARRAY, "data_type"), "float33"),
+        ((*ARRAY, "chunk_grid", "configuration"), {}),
+        ((*ARRAY, "attributes"), 5),
+    ],
+)
+def test_open__of_damaged_metadata_says_so(
+    place: tuple[str, ...], value: object, uneven: tuple[Path, RunPlan]
+) -> None:
+    path, _ = uneven
+    root = json.loads((path / "zarr.json").read_text())
+    holder = root
+    for name in place[:-1]:
+        holder = holder[name]
+    if value is LOST:
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = value
+    (path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(NotAStoreError, match=r"damaged|which is none"):
+        hx.open(path)
+
+
+def test_open__of_damaged_metadata_chains_what_was_found(uneven: tuple[Path, RunPlan]) -> None:
+    path, _ = uneven
+    root = json.loads((path / "zarr.json").read_text())
+    del root["consolidated_metadata"]["metadata"]["metrics/train_loss"]["shape"]
+    (path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(
+        NotAStoreError, match=r"run\.zarr: its metadata are damaged: KeyError: 'shape'; hild-xr validate "
+    ) as caught:
+        hx.open(path)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 def test_coordinates__are_those_stored(uneven: tuple[Path, RunPlan]) -> None:
     path, plan = uneven
     with RunWriter(path, plan, 1, resume_at=1) as writer:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from hild_xr.store import NotAStoreError, RunWriter, create, open_run, recorded_seeds, stored_plan
+from hild_xr.store import (
+    DamagedRecordError,
+    NotAStoreError,
+    RunWriter,
+    create,
+    open_run,
+    recorded_seeds,
+    stored_plan,
+)
 from hild_xr.testing import random_record, spectrum_plan
 
 
@@ -69,3 +78,47 @@ def test_zip__that_is_not_there_or_none(tmp_path: Path) -> None:
         packed.writestr("readme.txt", "hello")
     with pytest.raises(FileNotFoundError, match=r"foreign\.zip: it holds no zarr\.json"):
         open_run(tmp_path / "foreign.zip")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip__whose_metadata_are_damaged_says_so(folder: Path, compression: int) -> None:
+    path = pack(folder, compression=compression)
+    with zipfile.ZipFile(path) as packed:
+        entry = packed.getinfo("zarr.json")
+    content = bytearray(path.read_bytes())
+    start = entry.header_offset + 30 + len("zarr.json")
+    content[start + 10 : start + 60] = b"\xff" * 50
+    path.write_bytes(content)
+    with pytest.raises(NotAStoreError, match=r"metadata are damaged: zarr\.json cannot be read") as caught:
+        open_run(path)
+    assert isinstance(caught.value.__cause__, Exception)
+
+
+def test_zip__whose_marker_is_damaged_says_so(folder: Path) -> None:
+    path = pack(folder)
+    with zipfile.ZipFile(path) as packed:
+        entry = packed.getinfo("metrics/committed/c/0/0")
+    content = bytearray(path.read_bytes())
+    content[entry.header_offset + 30 + len(entry.filename)] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DamagedRecordError, match="marker of what is committed"):
+        open_run(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip__with_a_flipped_byte_opens_or_says_what_is_wrong(folder: Path, compression: int) -> None:
+    path = pack(folder, compression=compression)
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    with zipfile.ZipFile(path) as packed:
+        directory, root = packed.start_dir, packed.getinfo("zarr.json").header_offset
+    places = [draw.randrange(directory, len(whole)) for _ in range(150)]
+    places += [draw.randrange(root, root + 60) for _ in range(50)]
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            open_run(path)
+        except (NotAStoreError, DamagedRecordError, FileNotFoundError):
+            refused += 1
+    assert refused > 10

@@ -138,6 +138,8 @@ def _root_document(location: Location, raw: bytes | str | None) -> dict[str, Any
     root = parsed(raw)
     if isinstance(root, str):
         return Finding("error", ROOT_KEY, root, RESTORE)
+    if root.get("node_type") == "array":
+        read_root(location)  # raises: this is a part of a run
     attributes = root.get("attributes")
     if isinstance(attributes, dict) and "plan" in attributes:
         return root
