@@ -282,7 +282,10 @@ class Recorder:
             return
         self._detach()
         if not self._is_forked():
-            writer.close()
+            try:
+                writer.close()
+            finally:
+                self._copier.clear()  # only now: what was written last has given its memory back too
 
     def abandon(self) -> None:
         """End without committing what waits for its block; committed records stay."""
@@ -290,6 +293,7 @@ class Recorder:
         self._detach()
         if writer is not None and not self._is_forked():
             writer.abandon()
+            self._copier.clear()
 
     def __enter__(self) -> Recorder:
         return self if self._writer is not None else self.start()
@@ -356,7 +360,6 @@ class Recorder:
             self._hook = None
         if self._bar is not None and not self._is_forked():
             self._bar.close()
-        self._copier.clear()
 
     def _live_writer(self) -> AsyncWriter:
         if self._writer is None:

@@ -132,13 +132,8 @@ class WriteQueue:
             # Not Thread.join: once that is interrupted, it takes the thread for dead.
             self._state.changed.wait_for(lambda: self._state.finished)
 
-    @property
-    def error(self) -> BaseException | None:
-        """What a job raised; later jobs are dropped."""
-        return self._state.error
-
     def check(self) -> None:
-        """Raise what a job raised, if one did."""
+        """Raise what a job raised, if one did; later jobs are dropped."""
         with self._state.changed:
             self._raise_error()
 

@@ -92,8 +92,9 @@ def test_queue__keeps_memory_within_its_bound(
         probes=[rec.Weights()],
         schedule=rec.every(1, total_steps=60),
         queue_bytes=20_000_000,
-    ):
+    ) as recorder:
         _train_in_place(model, optimizer, 60)
+    assert not recorder._copier._pool, "a closed recorder holds no copies"
     stop.set()
     watcher.join()
     # The bound, the block of the writer (one record), and what Python and zarr load on first use.
