@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,23 +390,26 @@ def test_several_optimizers__count_the_last_ones_steps(tmp_path: Path) -> None:
 def test_probes__may_be_given_to_several_recorders(tmp_path: Path) -> None:
     """A probe remembers what it planned; two models must not share that."""
     probes = [rec.Metrics(), rec.Weights()]
-    small, large = _model(2), _model(3)
+    plain, optimizer = _model()
+    named = nn.Sequential(OrderedDict(inner=nn.Linear(4, 4, bias=False)))
+    pairs = [(plain, optimizer), (named, torch.optim.SGD(named.parameters(), lr=0.1))]
+    objective = rec.Objective(nn.functional.mse_loss, torch.ones(1, 4), torch.ones(1, 4))
     recorders = [
         rec.Recorder(
             tmp_path / f"{i}.zarr",
             model,
             optimizer,
-            objective=rec.Objective(nn.functional.mse_loss, torch.ones(1, 2 + i), torch.ones(1, 2 + i)),
+            objective=objective,
             probes=probes,
             schedule=rec.every(1, total_steps=3),
         )
-        for i, (model, optimizer) in enumerate((small, large))
+        for i, (model, optimizer) in enumerate(pairs)
     ]
     with recorders[0], recorders[1]:
-        for model, optimizer in (small, large):
-            _train(model, optimizer, 3)
-    for i in range(2):
-        assert hx.open(tmp_path / f"{i}.zarr")["weights/weight/weight"].shape == (1, 4, 2 + i, 2 + i)
+        trained = [torch.stack(_train(model, optimizer, 3)).numpy() for model, optimizer in pairs]
+    for i, name in enumerate(("weight", "inner.weight")):
+        stored = hx.open(tmp_path / f"{i}.zarr")[f"weights/{name}/weight"].values[0]
+        np.testing.assert_array_equal(stored, trained[i])
 
 
 def test_probe_that_records_rarely__is_committed_by_time_too(
