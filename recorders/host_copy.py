@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,10 @@ Measured = Mapping[str, Mapping[str, "ArrayLike | torch.Tensor"]]
 """What a probe returns: ``{node: {array name: value}}``, tensors on any device or arrays."""
 
 
-POOLED_BYTES = 65_536
-"""Tensors from this size on are copied into memory that earlier copies have given back."""
-
-_Pool = defaultdict[tuple[torch.dtype, int], "deque[torch.Tensor]"]
+_Pool = defaultdict[tuple[np.dtype[Any], int], "deque[NDArray[Any]]"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HostCopy:
     """Values on their way to the host.
 
@@ -33,8 +31,8 @@ class HostCopy:
     """
 
     values: Mapping[str, Mapping[str, NDArray[np.generic]]]
-    events: tuple[torch.cuda.Event, ...]
-    _lent: tuple[torch.Tensor, ...]
+    events: Sequence[torch.cuda.Event]
+    _lent: Sequence[NDArray[Any]]
     _pool: _Pool
 
     @property
@@ -51,7 +49,7 @@ class HostCopy:
     def release(self) -> None:
         """Give the memory back for later copies; the values must not be used any more."""
         for memory in self._lent:
-            self._pool[memory.dtype, memory.numel()].append(memory)
+            self._pool[memory.dtype, memory.size].append(memory)
 
 
 class HostCopier:
@@ -61,8 +59,8 @@ class HostCopier:
     training stream waits for the copies before it runs what comes later. So the
     copy holds the state of this step, and the CPU thread waits for nothing.
 
-    Memory of large copies is used again: fresh memory costs several times the copy
-    in page faults, and giving it back would unsettle the allocator under training.
+    Memory of copies is used again: fresh memory costs several times the copy in page
+    faults, and small pieces held between the tensors of training unsettle its allocator.
 
     Examples
     --------
@@ -80,63 +78,71 @@ class HostCopier:
 
     def take(self, measured: Measured) -> HostCopy:
         """Copy all values; arrays too, since they may be views of live weights."""
-        used = {
-            value.device: self._stream(value.device)
-            for arrays in measured.values()
-            for value in arrays.values()
-            if isinstance(value, torch.Tensor) and value.is_cuda
-        }
-        for device, stream in used.items():
-            stream.wait_stream(torch.cuda.current_stream(device))
-        lent: list[torch.Tensor] = []
+        lent: list[NDArray[Any]] = []
+        used: dict[torch.device, torch.cuda.Stream] = {}
         values = {
-            node: {name: self._copied(value, lent) for name, value in arrays.items()}
+            node: {name: self._copied(value, lent, used) for name, value in arrays.items()}
             for node, arrays in measured.items()
         }
         events = []
         for device, stream in used.items():
             events.append(stream.record_event())
             torch.cuda.current_stream(device).wait_event(events[-1])
-        return HostCopy(values, tuple(events), tuple(lent), self._pool)
+        return HostCopy(values, events, lent, self._pool)
 
-    def _copied(self, value: ArrayLike | torch.Tensor, lent: list[torch.Tensor]) -> NDArray[np.generic]:
-        if not isinstance(value, torch.Tensor):
-            return np.array(value)
-        source = value.detach()
-        if source.nbytes < POOLED_BYTES and not source.is_cuda:
-            return to_numpy(source)
-        memory = self._memory(source)
-        lent.append(memory)
-        host = memory.view(source.shape)
-        if source.is_cuda:
-            with torch.cuda.stream(self._streams[source.device]):
-                host.copy_(source, non_blocking=True)
-            # its memory must not go to another tensor of the training stream before the copy is made
-            source.record_stream(self._streams[source.device])
-        else:
-            host.copy_(source)
-        array: NDArray[np.generic] = host.numpy()
-        return array
+    def _copied(
+        self,
+        value: ArrayLike | torch.Tensor,
+        lent: list[NDArray[Any]],
+        used: dict[torch.device, torch.cuda.Stream],
+    ) -> NDArray[np.generic]:
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            return self._from_gpu(value, lent, used)
+        source = _as_array(value) if isinstance(value, torch.Tensor) else np.asarray(value)
+        host = self._memory(source.dtype, source.size, pinned=False)
+        lent.append(host)
+        copied = host.reshape(source.shape)
+        # by NumPy: torch's dispatch of a copy takes longer than all the rest of a small record
+        np.copyto(copied, source)
+        return copied
 
-    def _memory(self, source: torch.Tensor) -> torch.Tensor:
-        dtype = _host_dtype(source)
+    def _from_gpu(
+        self, value: torch.Tensor, lent: list[NDArray[Any]], used: dict[torch.device, torch.cuda.Stream]
+    ) -> NDArray[np.generic]:
+        host = self._memory(np.dtype(numpy_dtype(value)), value.numel(), pinned=True)
+        lent.append(host)
+        copied = host.reshape(value.shape)
+        stream = self._stream(value.device, used)
+        with torch.cuda.stream(stream):
+            torch.from_numpy(copied).copy_(value.detach(), non_blocking=True)
+        # its memory must not go to another tensor of the training stream before the copy is made
+        value.record_stream(stream)
+        return copied
+
+    def _memory(self, dtype: np.dtype[Any], size: int, *, pinned: bool) -> NDArray[Any]:
         try:
-            return self._pool[dtype, source.numel()].pop()
+            return self._pool[dtype, size].pop()
         except IndexError:
             # What lies idle is of other sizes: it goes, so that all copies together stay within what the
             # queue holds.
             self._pool.clear()
-            with torch.inference_mode(False):  # or it could only be filled in that mode
-                return torch.empty(source.numel(), dtype=dtype, pin_memory=source.is_cuda)
+        if not pinned:
+            return np.empty(size, dtype)
+        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        with torch.inference_mode(False):  # or it could only be filled in that mode
+            memory: NDArray[Any] = torch.empty(size, dtype=torch_dtype, pin_memory=True).numpy()
+        return memory
 
     def clear(self) -> None:
         """Let go of the memory that is kept for later copies."""
         self._pool.clear()
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+    def _stream(self, device: torch.device, used: dict[torch.device, torch.cuda.Stream]) -> torch.cuda.Stream:
+        """Side stream of a device; at its first use for a record it waits for what training has queued."""
+        if device not in used:
+            used[device] = self._streams.setdefault(device, torch.cuda.Stream(device))
+            used[device].wait_stream(torch.cuda.current_stream(device))
+        return used[device]
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
@@ -148,9 +154,7 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
     dtype('float32')
     """
     # copy: .numpy() of a CPU tensor aliases the live weights, which change at the next step
-    copied = tensor.detach().to("cpu", _host_dtype(tensor), copy=True)
-    array: NDArray[np.generic] = copied.numpy()
-    return array
+    return np.array(_as_array(tensor))
 
 
 def numpy_dtype(tensor: torch.Tensor) -> str:
@@ -161,8 +165,11 @@ def numpy_dtype(tensor: torch.Tensor) -> str:
     >>> numpy_dtype(torch.zeros(1))
     'float32'
     """
-    return str(to_numpy(tensor.detach().reshape(-1)[:0]).dtype)
+    return str(_as_array(tensor.detach().reshape(-1)[:0]).dtype)
 
 
-def _host_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+def _as_array(tensor: torch.Tensor) -> NDArray[np.generic]:
+    """Make an array that may share the tensor's memory."""
+    known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    array: NDArray[np.generic] = known.numpy(force=True)
+    return array

@@ -338,7 +338,10 @@ class Recorder:
             unit="record",
             disable=not self._show_progress,
         )
-        first = list(self._measured(self._due()))
+        writer = self._live_writer()
+        # a resume begins at a step that may be recorded already
+        due = [probe for probe in self._due() if not writer.holds(probe.group, self.current_step)]
+        first = list(self._measured(due))
         self._announce(plan, {probe.group: seconds for probe, _, seconds in first})
         for probe, copied, _ in first:
             self._put(probe, copied)
@@ -388,8 +391,7 @@ class Recorder:
         return any(step in self._steps(probe) for probe in self._probes)
 
     def _due(self) -> list[Probe]:
-        step, writer = self.current_step, self._live_writer()
-        return [p for p in self._probes if step in self._steps(p) and not writer.holds(p.group, step)]
+        return [probe for probe in self._probes if self.current_step in self._steps(probe)]
 
     def _measured(self, probes: Sequence[Probe]) -> Iterator[tuple[Probe, HostCopy, float]]:
         """Measure the present state and copy what was found; with the seconds that took."""

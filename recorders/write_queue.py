@@ -134,8 +134,8 @@ class WriteQueue:
 
     def check(self) -> None:
         """Raise what a job raised, if one did; later jobs are dropped."""
-        with self._state.changed:
-            self._raise_error()
+        # without the lock: an error that is set a moment later is raised at the next check
+        self._raise_error()
 
     def _is_full(self, nbytes: int) -> bool:
         state = self._state
@@ -215,7 +215,8 @@ class WriteQueue:
             state.busy = False
             state.nbytes -= nbytes
             if error is not None:
-                state.error, state.trace = error, error.__traceback__
+                state.trace = error.__traceback__
+                state.error = error
                 state.waiting.clear()
                 state.nbytes = 0
             state.changed.notify_all()

@@ -21,7 +21,10 @@ from zarr.storage import LocalStore
 
 from hild_xr.plan import ArrayPlan
 from hild_xr.store.errors import DamagedRecordError, StoreError
-from hild_xr.store.raw import Parts, exists, write_keys
+from hild_xr.store.raw import exists, write_keys
+
+PIECE_BYTES = 262_144
+"""Bytes that are checked at a time: the checksum holds the interpreter, writing gives it to training."""
 
 Chunk = tuple[str, NDArray[np.generic]]
 """Key in the store and values, contiguous and little-endian."""
@@ -60,6 +63,8 @@ class Block:
     def checked(self, place: str, value: ArrayLike) -> NDArray[np.generic]:
         """Return the value in the stored dtype; raise if it does not fit, or is not of the planned shape."""
         values = np.asarray(value)
+        if values.dtype == self._dtype and values.shape == self._shape:
+            return values
         if values.shape != self._shape:
             raise ValueError(f"{place}: expected shape {self._shape}, got {values.shape}")
         if not np.can_cast(values.dtype, self._dtype, casting="same_kind"):
@@ -180,16 +185,20 @@ def chunk_key(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
     return f"{array.store_path.path}/{array.metadata.encode_chunk_key(place)}"
 
 
-def encoded(values: NDArray[np.generic]) -> Parts:
-    """Encode a chunk: its bytes, which are not copied, and their crc32c checksum.
+def encoded(values: NDArray[np.generic]) -> Iterator[memoryview | bytes]:
+    """Encode a chunk piece by piece: its bytes, which are not copied, and then their crc32c checksum.
 
     Examples
     --------
     >>> b"".join(encoded(np.zeros(2, dtype="<u2"))).hex()
     '00000000c74b6748'
     """
-    data = values.reshape(-1).view(np.uint8)
-    return [data.data, google_crc32c.value(data).to_bytes(4, "little")]
+    data, checksum = values.reshape(-1).view(np.uint8), 0
+    for start in range(0, data.size, PIECE_BYTES):
+        piece = data[start : start + PIECE_BYTES]
+        checksum = google_crc32c.extend(checksum, piece)
+        yield piece.data
+    yield checksum.to_bytes(4, "little")
 
 
 def put_chunks(store: Store, chunks: Iterable[Chunk]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ class DurableStore(LocalStore):
         super().__init__(root, read_only=read_only)
         self._on_disk: set[Path] = set()
 
-    def put_parts(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+    def put_parts(self, key: str, parts: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write a key from several pieces and wait for the disk."""
         self._check_writable()
         self._put(self.root / key, parts)
@@ -73,7 +73,7 @@ class DurableStore(LocalStore):
         await asyncio.to_thread(self._put, self.root / key, [value.as_buffer_like()], exclusive=True)
 
     def _put(
-        self, path: Path, parts: Sequence[bytes | bytearray | memoryview], *, exclusive: bool = False
+        self, path: Path, parts: Iterable[bytes | bytearray | memoryview], *, exclusive: bool = False
     ) -> None:
         self._make_folder(path.parent)
         scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")

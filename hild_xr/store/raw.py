@@ -18,8 +18,8 @@ from zarr.storage import LocalStore
 
 from hild_xr.store.durable import DurableStore
 
-Parts = Sequence[bytes | bytearray | memoryview]
-"""Bytes in several pieces, which nobody needs to join to write them to a file."""
+Parts = Iterable[bytes | bytearray | memoryview]
+"""Bytes in several pieces, taken once and in order; nobody needs to join them to write them to a file."""
 
 
 def read_keys(store: Store, keys: Sequence[str]) -> list[bytes | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -44,7 +43,6 @@ class Snapshot:
     optimizer: torch.optim.Optimizer | None
     objective: Objective | None
     step: int
-    _resources: ExitStack = field(default_factory=ExitStack, repr=False)
     _curvature: Curvature | None = field(default=None, repr=False)
 
     @property
@@ -55,7 +53,7 @@ class Snapshot:
                 raise ValueError(
                     "curvature needs an objective: Recorder(..., objective=Objective(loss, x, y))"
                 )
-            self._curvature = self._resources.enter_context(Curvature(self.model, self.objective))
+            self._curvature = Curvature(self.model, self.objective).__enter__()
         return self._curvature
 
     def __enter__(self) -> Snapshot:
@@ -64,7 +62,8 @@ class Snapshot:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._resources.close()
+        if self._curvature is not None:
+            self._curvature.__exit__(kind, error, trace)
 
 
 class Probe(ABC):

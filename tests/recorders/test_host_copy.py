@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hild_xr.recorders.host_copy import POOLED_BYTES, HostCopier, numpy_dtype, to_numpy
+from hild_xr.recorders.host_copy import HostCopier, numpy_dtype, to_numpy
 
-LARGE = POOLED_BYTES  # elements of four bytes: well above the size from which memory is used again
+LARGE = 65_536
 
 
 def test_to_numpy__is_a_copy_that_training_cannot_change() -> None:
