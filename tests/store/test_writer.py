@@ -17,7 +17,7 @@ from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore, WrapperStore
 
-from hild_xr.plan import RunPlan
+from hild_xr.plan import ArrayPlan, NodePlan, ProbePlan, RunPlan
 from hild_xr.store import (
     DamagedRecordError,
     MissingRecordsWarning,
@@ -571,3 +571,16 @@ def test_resume__deletes_what_a_killed_writer_left_half_written_of_its_own_seed(
     RunWriter(tmp_path / "run.zarr", plan, 0, resume_at=1).close()
     assert [path.exists() for path in left] == [False, False, True]  # the last may be of a living writer
     _assert_holds(tmp_path / "run.zarr", plan, 0, {0: 1, 1: 1})
+
+
+def test_write__of_a_chunk_in_several_pieces_reads_back(tmp_path: Path) -> None:
+    from hild_xr.store.block import PIECE_BYTES
+
+    size = PIECE_BYTES // 2  # float32: two pieces
+    arrays = {"weight": ArrayPlan(variable="weight", dims=("out", "in"), shape=(3, size), dtype="float32")}
+    plan = RunPlan(seeds=(0,), probes={"w": ProbePlan(steps=(0,), nodes={"a": NodePlan(arrays=arrays)})})
+    values = np.random.default_rng(0).standard_normal((3, size)).astype("float32")
+    with RunWriter(tmp_path / "run.zarr", plan, seed=0) as writer:
+        writer.write("w", 0, {"a": {"weight": values}})
+    stored = zarr.open_group(tmp_path / "run.zarr", mode="r")["w/a/weight"]
+    np.testing.assert_array_equal(stored[0, 0], values)
