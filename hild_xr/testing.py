@@ -117,7 +117,11 @@ def random_record(plan: RunPlan, probe: str, *, seed: int, step: int, attempt: i
 def _sorted(values: NDArray[np.float64], axis: int, which: str) -> NDArray[np.float64]:
     """Sort numbers, none of them negative, as the group's attribute ``which`` says."""
     ascending = np.sort(values, axis=axis)
-    return ascending if which == "smallest" else np.flip(ascending, axis=axis)
+    falling = np.flip(ascending, axis=axis)
+    if which == "both":  # the largest, the smallest, the second largest, and so on
+        n = values.shape[axis]
+        return falling.take([i // 2 if i % 2 == 0 else n - 1 - i // 2 for i in range(n)], axis=axis)
+    return ascending if which == "smallest" else falling
 
 
 def _orthonormal(rng: np.random.Generator, array: ArrayPlan) -> NDArray[np.float64]:

@@ -105,7 +105,7 @@ class Trainer:
 
     def _start(self, resume_at: int | None) -> None:
         self.attempts += 1
-        self._committed = self._context.Value("l", -1)
+        self._committed = self._context.Value("l", -1, lock=False)
         self._until = time.monotonic() + self._draw.uniform(0.1, 0.5)
         arguments = (self._path, self._seed, resume_at, self.attempts, self._committed)
         self._process = self._context.Process(target=train, args=arguments)

@@ -27,7 +27,7 @@ there.
 SKETCH_STANDARD_ERRORS = 10
 """Sketched vectors keep inner products up to a standard error of sqrt(2 / m): so many of them pass."""
 
-ORDERS = ("magnitude", "largest", "smallest")
+ORDERS = ("magnitude", "largest", "smallest", "both")
 """Orders of eigenvalues that can be checked; the group's attribute ``which`` names one."""
 
 _PAIRWISE = ("eigenvalues", "eigenvectors", "residuals")
@@ -160,7 +160,9 @@ def _not_finite(
 
 def _unsorted(values: NDArray[Any], which: str) -> Iterator[Fault]:
     """Eigenvalues on the last axis; a NaN between two of them hides nothing."""
-    key = {"magnitude": np.abs(values), "largest": values, "smallest": -values}[which]
+    # both ends in turn: the largest fall towards the smallest, which are read backwards
+    ends = np.concatenate([values[..., ::2], values[..., 1::2][..., ::-1]], axis=-1)
+    key = {"magnitude": np.abs(values), "largest": values, "smallest": -values, "both": ends}[which]
     so_far = np.fmin.accumulate(key, axis=-1)
     # rounding to the stored dtype keeps the order, so only writers that round twice need the slack
     slack = 4 * np.finfo(values.dtype).eps * np.abs(so_far[..., :-1])

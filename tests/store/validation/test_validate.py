@@ -490,7 +490,7 @@ def nothing(arrays: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest"])
+@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest", "both"])
 def test_sound_numbers__are_no_finding(which: str, dtype: str) -> None:
     assert planted(nothing, "rows", "fc", plan=numbers_plan(which, dtype)).findings == ()
 
@@ -535,9 +535,11 @@ def test_swapped_eigenvectors__of_one_row_are_two_copies_and_an_error() -> None:
 
 def test_order__is_the_one_that_the_group_names() -> None:
     ascending = [[1.0, 2.0, 3.0], [-3.0, -2.0, 1.0]]
-    for which, wrong in (("smallest", False), ("largest", True), ("magnitude", True)):
-        report = planted(put("eigenvalues", ..., ascending), "layers", "", plan=numbers_plan(which))
-        assert any(UNSORTED in f.what for f in report.errors) == wrong, which
+    in_turn = [[3.0, 1.0, 2.0], [1.0, -3.0, -2.0]]
+    for values, orders in ((ascending, {"smallest"}), (in_turn, {"both"})):
+        for which in ("smallest", "largest", "magnitude", "both"):
+            report = planted(put("eigenvalues", ..., values), "layers", "", plan=numbers_plan(which))
+            assert any(UNSORTED in f.what for f in report.errors) == (which not in orders), which
 
 
 def test_nan_between_two_eigenvalues__hides_no_disorder() -> None:
@@ -620,7 +622,7 @@ def test_numbers_that_cannot_be_judged__are_noted() -> None:
     plan = numbers_plan("random")
     report = planted(nothing, "rows", "fc", plan=plan)
     assert {f.place for f in report.notes} == set(plan.probes)
-    assert all("is not one of magnitude, largest, smallest" in f.what for f in report.notes)
+    assert all("is not one of magnitude, largest, smallest, both" in f.what for f in report.notes)
 
 
 def test_withdrawn_records__are_not_judged(run: Path) -> None:
