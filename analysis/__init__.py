@@ -24,6 +24,7 @@ from hild_xr.analysis.alignment import (
     subspace_overlap,
 )
 from hild_xr.analysis.angles import angles_to_reference, pairwise_angles, principal_angles
+from hild_xr.analysis.flattening import flatten_like
 from hild_xr.analysis.outliers import outliers
 from hild_xr.analysis.rank import effective_rank, numerical_rank, rank, stable_rank
 
@@ -36,6 +37,7 @@ __all__ = [  # noqa: RUF022  # grouped by topic
     "subspace_overlap",
     # vectors and subspaces
     "alignment",
+    "flatten_like",
     "random_alignment_baseline",
     # spectra
     "outliers",

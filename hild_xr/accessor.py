@@ -81,6 +81,22 @@ class HildAccessor:
         """Alignment of the weight with a subspace: :func:`hild_xr.analysis.alignment`."""
         return self._array("alignment", "weight", _variable(basis, "eigenvectors"), **options)
 
+    def flatten_like(self, block: Labelled) -> xr.DataArray:
+        """Bring all layers of a node into a block's flat layout: :func:`hild_xr.analysis.flatten_like`.
+
+        Raises
+        ------
+        TypeError
+            If this is no tree.
+        """
+        if not isinstance(self._labelled, xr.DataTree):
+            raise TypeError(
+                f"a {type(self._labelled).__name__} holds one layer; take the node above the layers, as in "
+                "run['weights'].hild.flatten_like(...)"
+            )
+        flat: xr.DataArray = _analysis("flatten_like")(self._labelled, _variable(block, "eigenvectors"))
+        return flat
+
     def outliers(self, **options: Any) -> xr.Dataset:
         """Outliers of the spectrum: :func:`hild_xr.analysis.outliers`."""
         return self._dataset("outliers", "eigenvalues", **options)

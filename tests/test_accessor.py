@@ -66,7 +66,7 @@ def test_methods__give_what_the_functions_give(kind: str) -> None:
 def test_methods__have_the_names_of_public_functions() -> None:
     methods = {name for name, _ in inspect.getmembers(HildAccessor, inspect.isfunction) if name[0] != "_"}
     assert methods - {"refresh"} <= set(analysis.__all__)
-    assert len(methods) == 9
+    assert len(methods) == 10
 
 
 def test_methods__name_the_nodes_that_have_the_variable() -> None:

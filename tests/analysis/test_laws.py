@@ -16,6 +16,7 @@ from hild_xr.analysis import (
     alignment,
     angles_to_reference,
     effective_rank,
+    flatten_like,
     numerical_rank,
     outliers,
     pairwise_angles,
@@ -63,6 +64,8 @@ def recorded_run(seed: int = 0, *, missing: bool = True) -> Run:
     return run
 
 
+FLAT = xr.DataArray(0.0, attrs={"layers": ["a", "b"], "layer_shapes": [[3, 4], [3, 4]]})
+
 CASES: dict[str, Callable[[Run], Result]] = {
     "principal_angles": lambda r: principal_angles(r["u"], r["v"]),
     "principal_angles, unequal": lambda r: principal_angles(r["u"], r["v"].isel(eig=[0])),
@@ -76,6 +79,11 @@ CASES: dict[str, Callable[[Run], Result]] = {
     "alignment, rows": lambda r: alignment(r["weight"], r["rows"], vector_dims=["in"], min_norm=0.5),
     "alignment, means": lambda r: alignment(
         r["weight"], r["means"], vector_dims="in", number_dim="class", min_norm=0.8
+    ),
+    # flat vectors only rearrange: the laws are those of what is made of them
+    "flatten_like": lambda r: alignment(
+        flatten_like({"a": r["weight"], "b": r["weight"]}, FLAT),
+        flatten_like({"a": r["u"], "b": r["u"]}, FLAT),
     ),
     "outliers": lambda r: outliers(r["eigenvalues"]),
     "outliers, relative": lambda r: outliers(
