@@ -29,6 +29,8 @@ DIM_IN = "in"
 DIM_PARAM = "param"
 DIM_ANGLE = "angle"
 DIM_SKETCH = "sketch"
+DIM_PROBE = "probe"
+DIM_NODE = "node"
 
 LAYER_DIMS = "*"
 """Stands in ``Variable.dims`` for the dims of the layer's own weight tensor."""
@@ -47,6 +49,8 @@ DIMS: dict[str, str] = {
     "param_": "index of the parameter within a flat block, second axis of a matrix",
     DIM_ANGLE: "index of the principal angle, sorted from the smallest",
     DIM_SKETCH: "row of the random matrix that the vector was multiplied with (see hild_xr.sketch)",
+    DIM_PROBE: "random start vector of a spectral density; the mean over them is the estimate",
+    DIM_NODE: "node of the quadrature of a spectral density, in increasing order",
 }
 """Every dimension name with its meaning. Lagged copies carry a trailing underscore (``step_``)."""
 
@@ -185,7 +189,83 @@ _DECLARED = (
         "matrix-vector products",
         "Number of matrix-vector products spent on the block; 0 for a dense solve.",
     ),
-    Variable("trace", _PER_LAYER, "f", "trace", "Trace of the block; NaN where it was not computed exactly."),
+    Variable(
+        "trace",
+        _PER_LAYER,
+        "f",
+        "trace",
+        "Trace of the block, exact unless a standard error stands beside it; NaN where it was not computed.",
+    ),
+    Variable(
+        "trace_standard_error",
+        _PER_LAYER,
+        "f",
+        "standard error of the trace",
+        "Standard error of the trace from the random choice of probes; 0 where the trace is exact.",
+    ),
+    Variable(
+        "frobenius_norm",
+        _PER_LAYER,
+        "f",
+        "Frobenius norm",
+        "Frobenius norm of the block, exact unless a standard error stands beside it.",
+    ),
+    Variable(
+        "frobenius_norm_standard_error",
+        _PER_LAYER,
+        "f",
+        "standard error of the Frobenius norm",
+        "Standard error of the Frobenius norm from the random choice of probes; 0 where it is exact.",
+    ),
+    Variable(
+        "diagonal",
+        (*_RECORD, LAYER_DIMS),
+        "f",
+        "diagonal entry",
+        "Diagonal of the block on the dims of the weights, exact unless a standard error stands beside it.",
+    ),
+    Variable(
+        "diagonal_standard_error",
+        (*_RECORD, LAYER_DIMS),
+        "f",
+        "standard error of the diagonal entry",
+        "Standard error of the diagonal entry from the random choice of probes; 0 where it is exact.",
+    ),
+    Variable(
+        "quadrature_nodes",
+        (*_PER_LAYER, DIM_PROBE, DIM_NODE),
+        "f",
+        "eigenvalue",
+        "Node of the quadrature of the spectral density; unused nodes have weight 0.",
+    ),
+    Variable(
+        "quadrature_weights",
+        (*_PER_LAYER, DIM_PROBE, DIM_NODE),
+        "f",
+        "fraction of eigenvalues",
+        "Weight of the quadrature node: the weights of a probe sum to 1.",
+    ),
+    Variable(
+        "quadrature_error",
+        _PER_LAYER,
+        "f",
+        "quadrature error of the density",
+        "Wasserstein-1 distance between the quadrature and that of three quarters of the steps: an estimate.",
+    ),
+    Variable(
+        "sampling_error",
+        _PER_LAYER,
+        "f",
+        "sampling error of the density",
+        "Wasserstein-1 error of the density expected from the random choice of probes; 0 where it is exact.",
+    ),
+    Variable(
+        "product_error",
+        _PER_LAYER,
+        "f",
+        "product error of the density",
+        "Root mean square error of products of unit vectors in low precision; 0 in full precision.",
+    ),
     Variable(
         "eigenvectors",
         (*_RECORD, DIM_EIG, LAYER_DIMS),

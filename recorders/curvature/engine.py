@@ -2,56 +2,97 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self, get_args
+import math
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.blocks import Block, BlockKind, check_k, resolve_blocks
-from hild_xr.recorders.curvature.eigensolvers import Which, ranking
+from hild_xr.recorders.curvature.block_parts import (
+    BlockPart,
+    PartChoice,
+    require_disjoint,
+    resolve_part,
+    union,
+)
+from hild_xr.recorders.curvature.blocks import Block, BlockChoice, check_k, resolve_blocks
+from hild_xr.recorders.curvature.columns import FisherColumns, FisherMC, GaussNewtonRoots, LossGradients
+from hild_xr.recorders.curvature.cross_operators import (
+    CrossOfUnion,
+    CrossOperator,
+    CrossSecondMoment,
+    NetworkCrossHessian,
+    coupling_ratio,
+)
+from hild_xr.recorders.curvature.cross_spectrum import CrossSpectrum, singular_triplets
+from hild_xr.recorders.curvature.densities import DensityOptions, SpectralDensity, spectral_density
+from hild_xr.recorders.curvature.diagonals import OF_ROWS, diagonal, of_rows
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
+from hild_xr.recorders.curvature.estimate import Estimate, exact_estimate
 from hild_xr.recorders.curvature.functional import FunctionalModel
-from hild_xr.recorders.curvature.graph import LossGraph
+from hild_xr.recorders.curvature.graph import Graphs, LossGraph
 from hild_xr.recorders.curvature.isolation import Measurement, unwrapped
 from hild_xr.recorders.curvature.linear_sites import find_linear_sites
 from hild_xr.recorders.curvature.operators import (
     BlockOperator,
-    FactoredRowsSecondMoment,
+    NetworkGaussNewton,
     NetworkHessian,
-    RowsSecondMoment,
     SecondMoment,
-    StreamedSecondMoment,
     WeightedRows,
 )
-from hild_xr.recorders.curvature.sample_gradients import (
-    ExplicitGradients,
-    FactoredGradients,
-    GradientSampler,
-    SampleGradients,
-)
+from hild_xr.recorders.curvature.pairs import Which, ranking
+from hild_xr.recorders.curvature.sample_gradients import GradientSampler
+from hild_xr.recorders.curvature.second_moments import SecondMoments, Source
 from hild_xr.recorders.curvature.solve import SolveOptions, solve
 from hild_xr.recorders.curvature.spectrum import BlockSpectrum
+from hild_xr.recorders.curvature.traces import frobenius_norm, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from torch import nn
 
-    from hild_xr.recorders.curvature.functional import Inputs
+    from hild_xr.recorders.curvature.columns import Columns
+    from hild_xr.recorders.curvature.precision import Precision
     from hild_xr.recorders.objective import Objective
 
-MatrixKind = Literal["hessian", "gmatrix"]
-"""The Hessian of the objective, or the G-matrix of its per-sample gradients."""
+MatrixKind = Literal["hessian", "ggn", "gmatrix", "gmatrix_centered", "fisher", "fisher_mc"]
+"""Which curvature matrix: see :class:`Curvature`."""
+
+MatrixChoice: TypeAlias = MatrixKind | FisherMC
+"""A kind by its name, or with options; ``"fisher_mc"`` is ``FisherMC()``."""
+
+Result = TypeVar("Result")
+
+REGULARIZED = ("hessian", "ggn")
+"""Matrices that the l2 term takes part in by default: second derivatives of the objective."""
+
+_ROOT_UP_TO = 64  # components of an output up to which the Gauss-Newton matrix is held as a second moment
 
 
 class Curvature:
-    r"""Hessian and G-matrix of an objective at a model's current parameters.
+    r"""Curvature matrices of an objective at a model's current parameters.
 
-    .. math::
+    With :math:`g_m = \nabla_\theta\, \ell(f_\theta(x_m), y_m)`, :math:`J_m` the derivative of the
+    outputs :math:`f_\theta(x_m)` and :math:`\bar g` the mean of the :math:`g_m`:
 
-        H = \nabla^2 L(\theta), \qquad
-        G = \frac1M \sum_{m=1}^M g_m g_m^T, \quad g_m = \nabla_\theta\, \ell(f_\theta(x_m), y_m)
+    ======================  ==================================================================
+    ``"hessian"``           :math:`\nabla^2 L(\theta)`
+    ``"ggn"``               :math:`\frac1M\sum_m J_m^T \frac{\partial^2\ell_m}{\partial f^2} J_m`, the
+                            generalized Gauss-Newton matrix (Schraudolph 2002), of any loss that
+                            is a function of one output tensor
+    ``"gmatrix"``           :math:`\frac1M\sum_m g_m g_m^T` (also called empirical Fisher)
+    ``"gmatrix_centered"``  :math:`\frac1M\sum_m (g_m - \bar g)(g_m - \bar g)^T`, the gradient noise
+    ``"fisher"``            the mean of :math:`g g^T` over samples and over all targets, each with
+                            the probability the model gives it, for losses that are a negative
+                            log-likelihood (see
+                            :func:`~hild_xr.recorders.curvature.likelihood.predictive`); equal to
+                            ``"ggn"`` where the outputs are the likelihood's natural parameters, as
+                            logits are
+    ``"fisher_mc"``         the same with targets drawn; options in
+                            :class:`~hild_xr.recorders.curvature.columns.FisherMC`
+    ======================  ==================================================================
 
     Make one for each record and use it as a context: on entering, one forward and
     one first backward pass build a graph that all blocks and both matrices share; on
@@ -135,8 +176,8 @@ class Curvature:
     def eigenpairs(
         self,
         k: int,
-        matrix: MatrixKind = "hessian",
-        blocks: BlockKind = "layer",
+        matrix: MatrixChoice = "hessian",
+        blocks: BlockChoice = "layer",
         layers: Sequence[str] | None = None,
         *,
         which: Which = "magnitude",
@@ -144,6 +185,9 @@ class Curvature:
         max_matvec: int | None = None,
         matrix_up_to: int = 0,
         include_regularizer: bool | None = None,
+        dense_up_to: int | None = None,
+        start: Mapping[str, Tensor] | None = None,
+        max_seconds: float = math.inf,
         seed: int = 0,
     ) -> dict[str, BlockSpectrum]:
         """Return k eigenpairs of each block.
@@ -153,14 +197,17 @@ class Curvature:
         k
             Number of eigenpairs.
         matrix
-            ``"hessian"`` or ``"gmatrix"``.
+            Its name (see :class:`Curvature`), or a
+            :class:`~hild_xr.recorders.curvature.columns.FisherMC` with options.
         blocks
-            ``"layer"``, ``"rows"`` or ``"model"`` (see
+            ``"layer"``, ``"rows"``, ``"module"``, ``"model"``, a mapping of labels to names or
+            patterns of parameters, or blocks made before (see
             :func:`~hild_xr.recorders.curvature.blocks.resolve_blocks`).
         layers
-            Qualified names of the parameters to take; ``None`` takes all that fit.
+            Labels of the blocks to take; ``None`` takes all that fit.
         which
-            ``"magnitude"`` (decreasing absolute value), ``"largest"`` or ``"smallest"``.
+            ``"magnitude"`` (decreasing absolute value), ``"largest"``, ``"smallest"``, or
+            ``"both"``: largest, smallest, second largest, and so on.
         tol
             Relative residual up to which a pair counts as converged. The error of an
             eigenvalue is quadratic in the residual, the angle of an eigenvector is the
@@ -170,8 +217,21 @@ class Curvature:
         matrix_up_to
             Blocks of at most this size come with the whole matrix.
         include_regularizer
-            Whether the l2 term takes part: adds beta I to the Hessian's blocks (default
-            yes), or beta theta to each per-sample gradient of G (default no).
+            Whether the l2 term takes part: adds beta I to the blocks of the Hessian and of
+            the Gauss-Newton matrix (default yes) and of the Fisher matrices (default no), or
+            beta theta to each per-sample gradient of G (default no; it cancels in the
+            centred G).
+        dense_up_to
+            Blocks of at most this size are solved as whole matrices; ``None`` takes the
+            setting of the class.
+        start
+            Eigenvectors found some training steps before, by label. Where they turned little,
+            they are corrected with some k products; see
+            :func:`~hild_xr.recorders.curvature.lanczos.lanczos_eigenpairs`. Others that have
+            become larger since are not looked for, so solve without a start now and then.
+        max_seconds
+            Time allowed for each block solved through products; what is found by then is
+            flagged as far as it is exact.
         seed
             Seed of random start vectors.
 
@@ -193,16 +253,28 @@ class Curvature:
         check_k(chosen, k)
         ranking(torch.zeros(1), which)
         options = SolveOptions(
-            k, which, tol, max_matvec, seed, self.dense_up_to, matrix_up_to, self.max_bytes
+            k,
+            which,
+            tol,
+            max_matvec,
+            seed,
+            self._dense(dense_up_to),
+            matrix_up_to,
+            self.max_bytes,
+            max_seconds,
         )
+        earlier = start or {}
         with self._entered().measuring():
             return {
-                operator.block.label: solve(operator, options)
+                operator.block.label: solve(operator, options, earlier.get(operator.block.label))
                 for operator in self.operators(chosen, matrix, include_regularizer)
             }
 
     def operators(
-        self, blocks: Sequence[Block], matrix: MatrixKind = "hessian", include_regularizer: bool | None = None
+        self,
+        blocks: Sequence[Block],
+        matrix: MatrixChoice = "hessian",
+        include_regularizer: bool | None = None,
     ) -> Iterator[BlockOperator]:
         """Yield the matrix of each block as an operator, for products, whole matrices and traces.
 
@@ -211,7 +283,8 @@ class Curvature:
         blocks
             From :func:`~hild_xr.recorders.curvature.blocks.resolve_blocks`.
         matrix
-            ``"hessian"`` or ``"gmatrix"``.
+            Its name (see :class:`Curvature`), or a
+            :class:`~hild_xr.recorders.curvature.columns.FisherMC` with options.
         include_regularizer
             As in :meth:`eigenpairs`.
 
@@ -227,18 +300,363 @@ class Curvature:
         RuntimeError
             Outside of the ``with`` block.
         """
-        if matrix not in get_args(MatrixKind):
+        known = get_args(MatrixKind)
+        if not isinstance(matrix, FisherMC) and matrix not in known:
             raise ValueError(
-                f"matrix must be one of {', '.join(map(repr, get_args(MatrixKind)))}; got {matrix!r}"
+                f"matrix must be one of {', '.join(map(repr, known))}, or FisherMC(...); got {matrix!r}"
             )
         state = self._entered()
+        added = matrix in REGULARIZED if include_regularizer is None else include_regularizer
+        l2 = self.objective.l2 if added else 0.0
         if matrix == "hessian":
-            l2 = 0.0 if include_regularizer is False else self.objective.l2
             state.prepare_output_curvatures([block for block in blocks if block.kind == "rows"])
             return (state.hessian(block, l2) for block in blocks)
-        l2 = self.objective.l2 if include_regularizer else 0.0
-        state.prepare_sample_gradients(blocks)
-        return (state.gmatrix(block, l2) for block in blocks)
+        choice = FisherMC() if matrix == "fisher_mc" else matrix
+        with state.measuring():
+            state.second_moments(choice).prepare(blocks)
+        return (state.second_moment(block, choice, l2) for block in blocks)
+
+    def density(
+        self,
+        matrix: MatrixChoice = "hessian",
+        blocks: BlockChoice = "layer",
+        layers: Sequence[str] | None = None,
+        *,
+        k_steps: int = 50,
+        probes: int = 2,
+        n_nodes: int | None = None,
+        precision: Precision = "full",
+        known: Mapping[str, BlockSpectrum] | None = None,
+        include_regularizer: bool | None = None,
+        seed: int = 0,
+    ) -> dict[str, SpectralDensity]:
+        """Return the spectral density of each block, by stochastic Lanczos quadrature.
+
+        Parameters
+        ----------
+        matrix, blocks, layers, include_regularizer
+            As in :meth:`eigenpairs`.
+        k_steps, probes, n_nodes, precision, seed
+            See :class:`~hild_xr.recorders.curvature.densities.DensityOptions`.
+        known
+            Eigenpairs of the same matrix and blocks, by label, as :meth:`eigenpairs` gives them.
+            Their weights are then exact, and fewer steps do.
+
+        Returns
+        -------
+        dict of str to SpectralDensity
+            By the block's label.
+
+        Raises
+        ------
+        NonFiniteCurvatureError
+            If a product is NaN or infinite; it names the block.
+        ValueError
+            If an argument is out of range.
+        RuntimeError
+            Outside of the ``with`` block.
+
+        Examples
+        --------
+        >>> from hild_xr.recorders.objective import Objective
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> with Curvature(model, Objective(loss, torch.eye(3), torch.tensor([0, 1, 1]))) as curvature:
+        ...     density = curvature.density(blocks="model", k_steps=4)["model"]
+        >>> density.exact, bool(density.weights.sum(-1).allclose(torch.tensor(1.0).double()))
+        (True, True)
+        """
+        options = DensityOptions(k_steps, probes, n_nodes, seed, precision, self.dense_up_to, self.max_bytes)
+        return self._of_operators(
+            lambda operator, pairs: spectral_density(operator, options, pairs),
+            (matrix, blocks, layers, include_regularizer),
+            known,
+        )
+
+    def trace(
+        self,
+        matrix: MatrixChoice = "hessian",
+        blocks: BlockChoice = "layer",
+        layers: Sequence[str] | None = None,
+        *,
+        products: int = 30,
+        known: Mapping[str, BlockSpectrum] | None = None,
+        include_regularizer: bool | None = None,
+        seed: int = 0,
+    ) -> dict[str, Estimate]:
+        """Return the trace of each block: exact where that is nearly free, else by Hutch++.
+
+        Parameters
+        ----------
+        matrix, blocks, layers, include_regularizer
+            As in :meth:`eigenpairs`.
+        products
+            Products allowed for each sub-block; those of at most this size are exact.
+        known
+            As in :meth:`density`.
+        seed
+            Seed of the random vectors.
+
+        Returns
+        -------
+        dict of str to Estimate
+            By the block's label; see :func:`~hild_xr.recorders.curvature.traces.trace`.
+
+        Raises
+        ------
+        NonFiniteCurvatureError
+            If a product is NaN or infinite; it names the block.
+        ValueError
+            If an argument is out of range.
+        RuntimeError
+            Outside of the ``with`` block.
+
+        Examples
+        --------
+        >>> from hild_xr.recorders.objective import Objective
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(torch.nn.functional.mse_loss, torch.tensor([[3.0, 0.0]]), torch.zeros(1, 1))
+        >>> with Curvature(model, objective) as curvature:
+        ...     curvature.trace()["weight"].value
+        tensor(18., dtype=torch.float64)
+        """
+        return self._of_operators(
+            lambda operator, pairs: trace(
+                operator, products, seed=seed, known=pairs, max_bytes=self.max_bytes
+            ),
+            (matrix, blocks, layers, include_regularizer),
+            known,
+        )
+
+    def frobenius_norm(
+        self,
+        matrix: MatrixChoice = "hessian",
+        blocks: BlockChoice = "layer",
+        layers: Sequence[str] | None = None,
+        *,
+        products: int = 30,
+        known: Mapping[str, BlockSpectrum] | None = None,
+        include_regularizer: bool | None = None,
+        seed: int = 0,
+    ) -> dict[str, Estimate]:
+        """Return the Frobenius norm of each block.
+
+        Parameters, errors and result are those of :meth:`trace`; see
+        :func:`~hild_xr.recorders.curvature.traces.frobenius_norm` for what is exact.
+        """
+        return self._of_operators(
+            lambda operator, pairs: frobenius_norm(
+                operator, products, seed=seed, known=pairs, max_bytes=self.max_bytes
+            ),
+            (matrix, blocks, layers, include_regularizer),
+            known,
+        )
+
+    def diagonal(
+        self,
+        matrix: MatrixChoice = "hessian",
+        blocks: BlockChoice = "layer",
+        layers: Sequence[str] | None = None,
+        *,
+        products: int = 30,
+        known: Mapping[str, BlockSpectrum] | None = None,
+        include_regularizer: bool | None = None,
+        seed: int = 0,
+    ) -> dict[str, Estimate]:
+        """Return the diagonal of each block, on the dims of the weights.
+
+        Parameters, errors and result are those of :meth:`trace`; see
+        :func:`~hild_xr.recorders.curvature.diagonals.diagonal` for what is exact. The weight of a
+        linear layer is so too, where its number of outputs is at most ``products``: each
+        output takes one backward pass.
+        """
+        settings = (matrix, blocks, layers, include_regularizer)
+
+        def estimate(operator: BlockOperator, pairs: BlockSpectrum | None) -> Estimate:
+            rows = self._rows_of_linear_layer(operator, matrix, products, include_regularizer)
+            if rows is not None:
+                value = of_rows(rows).reshape(1, *operator.block.vector_shape)
+                return exact_estimate(operator, value, rows.count)
+            return diagonal(operator, products, seed=seed, known=pairs, max_bytes=self.max_bytes)
+
+        return self._of_operators(estimate, settings, known)
+
+    def _rows_of_linear_layer(
+        self,
+        operator: BlockOperator,
+        matrix: MatrixChoice,
+        products: int,
+        include_regularizer: bool | None,
+    ) -> BlockOperator | None:
+        """Return the rows of a linear layer's weight, whose diagonal has a closed form, or None."""
+        block = operator.block
+        if block.kind != "layer" or not self._entered().has_site(block.label) or operator.size <= products:
+            return None
+        if matrix == "hessian" and block.shapes[0][0] > products:
+            return None
+        rows = Block(block.label, "rows", block.parameters, block.shapes)
+        (found,) = self.operators([rows], matrix, include_regularizer)
+        return found if isinstance(found, OF_ROWS) else None
+
+    def _of_operators(
+        self,
+        function: Callable[[BlockOperator, BlockSpectrum | None], Result],
+        settings: tuple[MatrixChoice, BlockChoice, Sequence[str] | None, bool | None],
+        known: Mapping[str, BlockSpectrum] | None,
+    ) -> dict[str, Result]:
+        """Apply a function to the operator of each block and what is known of it."""
+        matrix, blocks, layers, include_regularizer = settings
+        chosen = resolve_blocks(self.model, blocks, layers)
+        with self._entered().measuring():
+            return {
+                operator.block.label: function(operator, (known or {}).get(operator.block.label))
+                for operator in self.operators(chosen, matrix, include_regularizer)
+            }
+
+    def cross_operator(
+        self,
+        a: PartChoice,
+        b: PartChoice,
+        matrix: MatrixChoice = "hessian",
+        include_regularizer: bool | None = None,
+    ) -> CrossOperator:
+        """Return the block of rows a and columns b, beside the diagonal, as an operator.
+
+        Products go through the same graph and per-sample gradients as those of the blocks
+        on the diagonal.
+
+        Parameters
+        ----------
+        a, b
+            Disjoint parts: a parameter's name or a pattern, a sequence of them, a row
+            ``(name, index)``, or a :class:`~hild_xr.recorders.curvature.blocks.Block`.
+        matrix, include_regularizer
+            As in :meth:`eigenpairs`; the Hessian's regulariser has no part here.
+
+        Returns
+        -------
+        CrossOperator
+            Valid inside the ``with`` block; ``product`` maps vectors of b to vectors of a,
+            ``adjoint_product`` back, ``matrix`` is the whole block.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown, the parts overlap, or ``matrix`` is unknown.
+        RuntimeError
+            Outside of the ``with`` block.
+
+        Examples
+        --------
+        >>> from hild_xr.recorders.objective import Objective
+        >>> model = torch.nn.Linear(1, 1)
+        >>> data = torch.tensor([[2.0]]), torch.zeros(1, 1)
+        >>> with Curvature(model, Objective(torch.nn.functional.mse_loss, *data)) as curvature:
+        ...     curvature.cross_operator("weight", "bias").matrix()
+        tensor([[4.]])
+        """
+        rows, columns = resolve_part(self.model, a), resolve_part(self.model, b)
+        require_disjoint(rows, columns)
+        state = self._entered()
+        if matrix == "hessian":
+            return state.cross_hessian(rows, columns)
+        left, right = self.operators([rows.block, columns.block], matrix, include_regularizer)
+        if isinstance(left, SecondMoment) and isinstance(right, SecondMoment):
+            return CrossSecondMoment(rows, columns, left, right)
+        (whole,) = self.operators([union(self.model, rows, columns)], matrix, include_regularizer)
+        return CrossOfUnion(rows, columns, whole)
+
+    def cross_singular(
+        self,
+        k: int,
+        a: PartChoice,
+        b: PartChoice,
+        matrix: MatrixChoice = "hessian",
+        *,
+        tol: float = 1e-3,
+        max_matvec: int | None = None,
+        include_regularizer: bool | None = None,
+        dense_up_to: int | None = None,
+        seed: int = 0,
+    ) -> CrossSpectrum:
+        """Return the k leading singular triplets of the block of rows a and columns b.
+
+        Parameters
+        ----------
+        k
+            Number of triplets.
+        a, b, matrix, include_regularizer
+            As in :meth:`cross_operator`.
+        tol, max_matvec, dense_up_to, seed
+            See :func:`~hild_xr.recorders.curvature.cross_spectrum.singular_triplets`.
+
+        Returns
+        -------
+        CrossSpectrum
+            Singular values, and vectors on the dims of the weights.
+
+        Raises
+        ------
+        NonFiniteCurvatureError
+            If a product is NaN or infinite.
+        ValueError
+            If an argument is out of range, or the parts overlap.
+        RuntimeError
+            Outside of the ``with`` block.
+        """
+        operator = self.cross_operator(a, b, matrix, include_regularizer)
+        with self._entered().measuring():
+            return singular_triplets(
+                operator,
+                k,
+                tol=tol,
+                max_matvec=max_matvec,
+                dense_up_to=self._dense(dense_up_to),
+                max_bytes=self.max_bytes,
+                seed=seed,
+            )
+
+    def coupling(
+        self,
+        a: PartChoice,
+        b: PartChoice,
+        matrix: MatrixChoice = "hessian",
+        include_regularizer: bool | None = None,
+    ) -> float:
+        r"""Return how strongly two parts are coupled, by whole matrices: for small parts.
+
+        .. math:: \frac{\|A_{ab}\|_F}{\sqrt{\|A_{aa}\|_F \|A_{bb}\|_F}}
+
+        See :func:`~hild_xr.recorders.curvature.cross_operators.coupling_ratio`.
+
+        Parameters
+        ----------
+        a, b, matrix, include_regularizer
+            As in :meth:`cross_operator`; the regulariser is part of the blocks on the diagonal.
+
+        Returns
+        -------
+        float
+            0 without coupling, at most 1 for positive semi-definite matrices; NaN if a block
+            on the diagonal is zero.
+
+        Raises
+        ------
+        NonFiniteCurvatureError
+            If an entry is NaN or infinite.
+        ValueError
+            If the parts overlap, or whole matrices do not fit ``max_bytes``.
+        RuntimeError
+            Outside of the ``with`` block.
+        """
+        operator = self.cross_operator(a, b, matrix, include_regularizer)
+        own = [operator.a.own, operator.b.own]
+        with self._entered().measuring():
+            left, right = self.operators(own, matrix, include_regularizer)
+            return coupling_ratio(operator, left, right, self.max_bytes)
+
+    def _dense(self, dense_up_to: int | None) -> int:
+        return self.dense_up_to if dense_up_to is None else dense_up_to
 
     def _entered(self) -> _State:
         if self._state is None:
@@ -260,60 +678,59 @@ class _State:
         measuring: Measurement,
         max_bytes: int,
     ) -> None:
-        self._objective, self._dtype, self._max_bytes = objective, dtype, max_bytes
+        self._objective, self._dtype = objective, dtype
         self.measuring = measuring
         self._network = FunctionalModel(model, dtype)
         self._sites = {site.weight: site for site in find_linear_sites(self._network, objective, dtype)}
-        self._biases = {site.bias: site for site in self._sites.values() if site.bias is not None}
-        self._sampler = GradientSampler(self._network, objective, dtype, measuring, max_bytes // 8)
-        self._factors: dict[str, FactoredGradients] = {}
+        self._graphs = Graphs(self._network, objective, dtype, list(self._sites.values()), measuring)
+        sampler = GradientSampler(self._network, objective, dtype, measuring, max_bytes // 8)
+        self._source = Source(self._network, len(objective), self._graphs, sampler, self._sites, max_bytes)
+        self._second_moments: dict[MatrixChoice, SecondMoments] = {}
         self._output_curvatures: dict[str, Tensor] = {}
-        self._explicit: dict[str, Tensor] = {}
-        self._graph: LossGraph | None = None
-        if objective.single_batch:
-            self._graph = self._build(*next(objective.batches(dtype)))
         self.loss = self._value()
+
+    def has_site(self, weight: str) -> bool:
+        """Whether the parameter is the weight of a linear layer with closed-form curvature."""
+        return weight in self._sites
 
     def each_graph(self, use: Callable[[float, LossGraph], None]) -> None:
         """Call a function with the weight n_batch / M and the graph of each batch, one graph at a time."""
-        with self.measuring():
-            if self._graph is not None:
-                use(1.0, self._graph)
-                return
-            for inputs, targets in self._objective.batches(self._dtype):
-                use(len(targets) / len(self._objective), self._build(inputs, targets))
+        self._graphs.each(use)
 
     def hessian(self, block: Block, l2: float) -> BlockOperator:
         if block.label in self._output_curvatures and block.kind == "rows":
-            h = self._factor(block.label).h
+            h = self.second_moments("gmatrix").layer_input(block.label)
             return WeightedRows(block, h, self._output_curvatures[block.label], l2)
-        return NetworkHessian(block, self.each_graph, l2, *self._vectors(block))
+        return NetworkHessian(block, self.each_graph, l2, *self._source.vectors(block))
 
-    def gmatrix(self, block: Block, l2: float) -> BlockOperator:
-        n_samples = len(self._objective)
-        shift = l2 * self._network.flat(block.parameters) if l2 else None
-        if block.kind == "rows":
-            rows_shift = None if shift is None else shift.reshape(block.count, block.size)
-            if block.label in self._sites:
-                factors = self._factor(block.label)
-                return FactoredRowsSecondMoment(block, factors.h, factors.delta, rows_shift)
-            if self._fits(block.parameters):
-                gradients = self._explicit_gradients(block.parameters)[block.label]
-                gradients = gradients.reshape(n_samples, block.count, block.size).transpose(0, 1)
-                return RowsSecondMoment(
-                    block, gradients if rows_shift is None else gradients + rows_shift[:, None]
-                )
-            return StreamedSecondMoment(block, self._sampler, n_samples, rows_shift, *self._vectors(block))
-        if self._fits(self._unfactored(block.parameters)):
-            return SecondMoment(block, self._parts(block), n_samples, shift, *self._vectors(block))
-        flat_shift = None if shift is None else shift[None]
-        return StreamedSecondMoment(block, self._sampler, n_samples, flat_shift, *self._vectors(block))
+    def cross_hessian(self, a: BlockPart, b: BlockPart) -> CrossOperator:
+        return NetworkCrossHessian(a, b, self.each_graph, *self._source.vectors(a.block))
+
+    def second_moments(self, matrix: MatrixChoice) -> SecondMoments:
+        """Return what all blocks of a matrix other than the Hessian share."""
+        key = "gmatrix" if matrix == "gmatrix_centered" else matrix
+        if key not in self._second_moments:
+            if key == "gmatrix":
+                columns: Columns = LossGradients()
+            elif key == "ggn":
+                columns = GaussNewtonRoots(_ROOT_UP_TO)
+            else:
+                columns = FisherColumns(self._objective, key if isinstance(key, FisherMC) else None)
+            self._second_moments[key] = SecondMoments(self._source, columns)
+        return self._second_moments[key]
+
+    def second_moment(self, block: Block, matrix: MatrixChoice, l2: float) -> BlockOperator:
+        moments = self.second_moments(matrix)
+        if matrix in ("gmatrix", "gmatrix_centered"):
+            return moments.operator(block, l2=l2, centered=matrix == "gmatrix_centered")
+        if matrix == "ggn" and not moments.holds(block):
+            return NetworkGaussNewton(block, self.each_graph, l2, *self._source.vectors(block))
+        return moments.operator(block, ridge=l2)
 
     def prepare_output_curvatures(self, blocks: Sequence[Block]) -> None:
         """Take second derivatives by the outputs of the linear layers whose rows are asked for."""
-        missing = [
-            b.label for b in blocks if b.label in self._sites and b.label not in self._output_curvatures
-        ]
+        asked = dict.fromkeys(block.label for block in blocks)  # a layer may be asked for twice
+        missing = [name for name in asked if name in self._sites and name not in self._output_curvatures]
         if not missing:
             return
         parts: dict[str, list[Tensor]] = {name: [] for name in missing}
@@ -325,65 +742,9 @@ class _State:
         self.each_graph(collect)
         self._output_curvatures |= {name: torch.cat(tensors) for name, tensors in parts.items()}
 
-    def prepare_sample_gradients(self, blocks: Sequence[Block]) -> None:
-        """Take the per-sample gradients of all blocks in one pass, if they fit the memory together."""
-        names = self._unfactored([name for block in blocks for name in block.parameters])
-        missing = [name for name in names if name not in self._explicit]
-        if missing and self._fits([*self._explicit, *missing]):
-            self._explicit |= self._sampler.all(missing)
-
-    def _parts(self, block: Block) -> list[SampleGradients]:
-        explicit = self._explicit_gradients(self._unfactored(block.parameters))
-        parts: list[SampleGradients] = []
-        for name in block.parameters:
-            if name in self._sites:
-                parts.append(self._factor(name))
-            elif name in self._biases:
-                parts.append(ExplicitGradients(self._factor(self._biases[name].weight).delta))
-            else:
-                parts.append(ExplicitGradients(explicit[name]))
-        return parts
-
-    def _factor(self, weight: str) -> FactoredGradients:
-        """Return the factors of a linear layer; those of all layers are taken in one pass."""
-        if not self._factors:
-            parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self._sites}
-
-            def collect(_weight: float, graph: LossGraph) -> None:
-                for name in self._sites:
-                    parts[name].append((graph.output_gradient(name), graph.layer_input(name)))
-
-            self.each_graph(collect)
-            for name, pairs in parts.items():
-                deltas, hs = zip(*pairs, strict=True)
-                self._factors[name] = FactoredGradients(torch.cat(deltas), torch.cat(hs))
-        return self._factors[weight]
-
-    def _explicit_gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
-        missing = [name for name in names if name not in self._explicit]
-        return self._explicit | (self._sampler.all(missing) if missing else {})
-
-    def _unfactored(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name not in self._sites and name not in self._biases]
-
-    def _fits(self, names: Sequence[str]) -> bool:
-        leaves = [self._network.trainable[name] for name in names]
-        return (
-            len(self._objective) * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-            <= self._max_bytes
-        )
-
-    def _vectors(self, block: Block) -> tuple[torch.dtype, torch.device]:
-        """Return dtype and device of a block's vectors: half precision is multiplied, not orthogonalised."""
-        leaf = self._network.trainable[block.parameters[0]]
-        return torch.promote_types(leaf.dtype, torch.float32), leaf.device
-
-    def _build(self, inputs: Inputs, targets: Tensor) -> LossGraph:
-        return LossGraph(self._network, self._objective, inputs, targets, list(self._sites.values()))
-
     def _value(self) -> float:
-        if self._graph is not None:
-            loss = float(self._graph.loss.detach())
+        if self._graphs.kept is not None:
+            loss = float(self._graphs.kept.loss.detach())
         else:
             with torch.no_grad():
                 batches = self._objective.batches(self._dtype)
@@ -396,67 +757,3 @@ class _State:
         if not torch.isfinite(torch.tensor(loss)):
             raise NonFiniteCurvatureError("loss", "the value")
         return loss
-
-
-def eigenpairs(
-    model: nn.Module,
-    objective: Objective,
-    k: int,
-    matrix: MatrixKind = "hessian",
-    blocks: BlockKind = "layer",
-    layers: Sequence[str] | None = None,
-    *,
-    which: Which = "magnitude",
-    tol: float = 1e-3,
-    max_matvec: int | None = None,
-    matrix_up_to: int = 0,
-    include_regularizer: bool | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-) -> dict[str, BlockSpectrum]:
-    """Return k eigenpairs of each block of a curvature matrix, in one call.
-
-    The same as :meth:`Curvature.eigenpairs` inside ``with Curvature(model, objective, dtype=dtype)``;
-    for several matrices or blockings at the same parameters use the class, which
-    shares the passes through the network.
-
-    Parameters
-    ----------
-    model, objective, dtype
-        See :class:`Curvature`.
-    k, matrix, blocks, layers, which, tol, max_matvec, matrix_up_to, include_regularizer, seed
-        See :meth:`Curvature.eigenpairs`.
-
-    Returns
-    -------
-    dict of str to BlockSpectrum
-        By the block's label.
-
-    Raises
-    ------
-    NonFiniteCurvatureError
-        If the loss or a product is NaN or infinite.
-    ValueError
-        If an argument is out of range, or model, loss and data do not fit together.
-
-    Examples
-    --------
-    >>> from hild_xr.recorders.objective import Objective
-    >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> objective = Objective(torch.nn.functional.mse_loss, torch.tensor([[3.0, 0.0]]), torch.zeros(1, 1))
-    >>> eigenpairs(model, objective, 1)["weight"].eigenvalues
-    tensor([18.], dtype=torch.float64)
-    """
-    with Curvature(model, objective, dtype=dtype) as curvature:
-        return curvature.eigenpairs(
-            k,
-            matrix,
-            blocks,
-            layers,
-            which=which,
-            tol=tol,
-            max_matvec=max_matvec,
-            matrix_up_to=matrix_up_to,
-            include_regularizer=include_regularizer,
-            seed=seed,
-        )

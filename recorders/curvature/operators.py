@@ -7,11 +7,14 @@ with sub-block ``rows[n]``. A block that is no batch has the single sub-block 0.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,8 +54,17 @@ class BlockOperator(ABC):
         return None
 
 
-class NetworkHessian(BlockOperator):
-    """Hessian block through backward passes of the network.
+class NetworkOperator(BlockOperator):
+    """Block of a curvature matrix through backward passes of the network.
+
+    With a single batch the graph is kept, and each vector costs its backward passes only.
+    With several batches each *call* of :meth:`product` builds the graph of every batch
+    anew (a forward and a first backward pass on all data), and all vectors of the call
+    share it: hand over several at once.
+
+    Several vectors are taken in one pass where the network is so small that a pass is
+    mostly overhead, and one by one where an operation has no batching rule, as
+    GroupNorm's second derivative.
 
     Parameters
     ----------
@@ -77,32 +89,120 @@ class NetworkHessian(BlockOperator):
     ) -> None:
         super().__init__(block, dtype, device)
         self._each_graph, self._l2 = each_graph, l2
+        self._batchable = True
 
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         of_batches: list[Tensor] = []
 
         def multiply(weight: float, graph: LossGraph) -> None:
-            products = [
-                self._vector(graph.hessian_product(self.block.parameters, self._parts(vector, row)), row)
-                for vector, row in zip(vectors, rows.tolist(), strict=True)
-            ]
-            of_batches.append(weight * torch.stack(products))
+            of_batches.append(weight * self._of_chunks(graph, vectors, rows.tolist()))
 
         self._each_graph(multiply)
         return sum_tensors(of_batches) + self._l2 * vectors
 
-    def _parts(self, vector: Tensor, row: int) -> list[Tensor]:
-        if self.block.kind == "rows":
-            part = torch.zeros(self.block.shapes[0], dtype=self.dtype, device=self.device)
-            part[row] = vector.reshape(self.block.vector_shape)
-            return [part]
-        return split(vector, self.block.shapes)
+    def _of_chunks(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
+        products: list[Tensor] = []
+        while (start := sum(map(len, products))) < len(vectors):
+            stop = start + (graph.vectors_at_once if self._batchable else 1)
+            chunk, chunk_rows = vectors[start:stop], rows[start:stop]
+            if len(chunk) == 1:
+                products.append(self._of_graph(graph, chunk, chunk_rows))
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # an operation without a batching rule warns, and is slow
+                    products.append(self._of_graph(graph, chunk, chunk_rows))
+            except (RuntimeError, UserWarning):
+                self._batchable = False  # one by one from here on
+        return torch.cat(products)
 
-    def _vector(self, parts: list[Tensor], row: int) -> Tensor:
+    @abstractmethod
+    def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
+        """Return the products of vectors (n, p) with sub-blocks of the batch's matrix, in one pass."""
+
+    def _parts(self, vectors: Tensor, rows: list[int]) -> list[Tensor]:
         if self.block.kind == "rows":
-            return parts[0][row].reshape(-1)
-        return torch.cat([part.reshape(-1) for part in parts])
+            part = torch.zeros(len(rows), *self.block.shapes[0], dtype=self.dtype, device=self.device)
+            part[torch.arange(len(rows)), rows] = vectors.reshape(len(rows), *self.block.vector_shape)
+            return [part]
+        pieces = torch.split(vectors, [torch.Size(shape).numel() for shape in self.block.shapes], dim=1)
+        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.block.shapes, strict=True)]
+
+    def _vectors(self, parts: list[Tensor], rows: list[int]) -> Tensor:
+        if self.block.kind == "rows":
+            return parts[0][torch.arange(len(rows)), rows].reshape(len(rows), -1)
+        return torch.cat([part.reshape(len(rows), -1) for part in parts], dim=1)
+
+
+class NetworkHessian(NetworkOperator):
+    """Hessian block: one backward pass through the first one for each vector."""
+
+    def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
+        return self._vectors(graph.hessian_products(self.block.parameters, self._parts(vectors, rows)), rows)
+
+
+class NetworkGaussNewton(NetworkOperator):
+    r"""Generalized Gauss-Newton block :math:`J^T \frac{\partial^2 L}{\partial f^2} J`.
+
+    One pass through the first backward for :math:`Jv`, one through the network for
+    :math:`J^T`; the loss in between costs little.
+    """
+
+    def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
+        along = graph.output_products(self.block.parameters, self._parts(vectors, rows))
+        weighted = graph.loss_hessian_products(along)
+        return self._vectors(graph.output_adjoints(self.block.parameters, weighted), rows)
+
+
+class NetworkSecondMoment(NetworkOperator):
+    r"""Block of :math:`\frac1M\sum_m\sum_k g_{mk} g_{mk}^T`, :math:`g_{mk} = J_m^T a_{mk} + s` never formed.
+
+    Parameters
+    ----------
+    block, each_graph, l2, dtype, device
+        As for :class:`NetworkOperator`.
+    columns
+        Returns the columns a of a batch at its outputs, shape (n, K, *output).
+    shift
+        s, shape (count, p); ``None`` for nothing.
+    sampler
+        Makes the g chunk by chunk for the trace; ``None`` leaves the trace out.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        each_graph: Callable[[Callable[[float, LossGraph], None]], None],
+        l2: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        columns: Callable[[LossGraph], Tensor],
+        shift: Tensor | None = None,
+        sampler: GradientSampler | None = None,
+    ) -> None:
+        super().__init__(block, each_graph, l2, dtype, device)
+        self._columns, self._shift, self._sampler = columns, shift, sampler
+
+    def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
+        names, columns = self.block.parameters, self._columns(graph)
+        flat = columns.reshape(*columns.shape[:2], -1)
+        along = graph.output_products(names, self._parts(vectors, rows))
+        scores = flat @ along.reshape(*along.shape[:2], -1, 1).to(flat.dtype)  # (vectors, samples, K, 1)
+        if self._shift is not None:
+            scores = scores + (self._shift[rows] * vectors).sum(1)[:, None, None, None].to(scores.dtype)
+        weighted = (flat.mT @ scores).reshape(along.shape)
+        products = self._vectors(graph.output_adjoints(names, weighted), rows).to(vectors.dtype)
+        if self._shift is not None:
+            products = products + scores.sum((1, 2)) * self._shift[rows]
+        return products / graph.n_samples
+
+    def trace(self) -> Tensor | None:
+        """Return the trace of each sub-block, shape (count,), or ``None``."""
+        if self._sampler is None:
+            return None
+        return gradient_trace(self.block, self._sampler, self._shift) + self._l2 * self.size
 
 
 class WeightedRows(BlockOperator):
@@ -200,30 +300,32 @@ class RowsSecondMoment(BlockOperator):
         A block of rows.
     gradients
         Per-sample gradients, shape (out, M, p), regulariser included where wanted.
+    ridge
+        Added to the diagonal.
     """
 
-    def __init__(self, block: Block, gradients: Tensor) -> None:
+    def __init__(self, block: Block, gradients: Tensor, ridge: float = 0.0) -> None:
         super().__init__(block, gradients.dtype, gradients.device)
-        self._gradients = gradients
+        self._gradients, self._ridge = gradients, ridge
 
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         gradients = self._gradients if len(rows) == self.count and _in_order(rows) else self._gradients[rows]
         scores = gradients @ vectors[:, :, None]
-        return (gradients.mT @ scores)[:, :, 0] / gradients.shape[1]
+        return (gradients.mT @ scores)[:, :, 0] / gradients.shape[1] + self._ridge * vectors
 
     def matrix(self, rows: Tensor) -> Tensor:
         """Return whole sub-blocks, shape (n, p, p)."""
         gradients = self._gradients[rows]
-        return gradients.mT @ gradients / gradients.shape[1]
+        return with_ridge(gradients.mT @ gradients / gradients.shape[1], self._ridge)
 
     def trace(self) -> Tensor:
         """Return the trace of each sub-block, shape (count,)."""
-        return self._gradients.square().sum((1, 2)) / self._gradients.shape[1]
+        return self._gradients.square().sum((1, 2)) / self._gradients.shape[1] + self._ridge * self.size
 
 
 class SecondMoment(BlockOperator):
-    r"""G-matrix :math:`\frac1M J^TJ` of a block, from the per-sample gradients J of its parameters.
+    r"""Second moment :math:`\frac1M J^TJ + \rho I` of a block, from the gradients J of its parameters.
 
     Parameters
     ----------
@@ -232,11 +334,13 @@ class SecondMoment(BlockOperator):
     parts
         Gradients of each of its parameters.
     n_samples
-        M.
+        Number M of gradients: of samples, or of samples times outputs.
     shift
-        Added to each per-sample gradient, shape (p,); ``None`` for nothing.
+        Added to each gradient, shape (p,); ``None`` for nothing.
     dtype, device
         Of the vectors.
+    ridge
+        :math:`\rho`, added to the diagonal.
     """
 
     def __init__(
@@ -247,14 +351,16 @@ class SecondMoment(BlockOperator):
         shift: Tensor | None,
         dtype: torch.dtype,
         device: torch.device,
+        ridge: float = 0.0,
     ) -> None:
         super().__init__(block, dtype, device)
-        self.n_samples, self._parts, self._shift = n_samples, parts, shift
+        self.n_samples, self.ridge = n_samples, ridge
+        self._parts, self._shift = parts, shift
         self._sizes = [part.size for part in parts]
 
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
-        return self.adjoint(self.apply(vectors)) / self.n_samples
+        return self.adjoint(self.apply(vectors)) / self.n_samples + self.ridge * vectors
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return J v for vectors (n, p), shape (n, M)."""
@@ -268,8 +374,14 @@ class SecondMoment(BlockOperator):
         return vectors if self._shift is None else vectors + weights.sum(1, keepdim=True) * self._shift
 
     def gram(self) -> Tensor:
-        """Return J J^T / M, shape (M, M): it has the nonzero eigenvalues of G."""
-        gram = sum_tensors(part.gram() for part in self._parts)
+        """Return J J^T / M, shape (M, M): it has the nonzero eigenvalues of J^T J / M, ridge left out."""
+        factored = [part for part in self._parts if isinstance(part, FactoredGradients)]
+        matrices = [part for part in self._parts if isinstance(part, ExplicitGradients)]
+        explicit = {part.matrix.data_ptr(): part for part in matrices}
+        # A bias has the gradients delta of its layer: one matrix product serves both.
+        biased = {id(part) for part in factored if explicit.pop(part.delta.data_ptr(), None) is not None}
+        grams = [part.gram(with_bias=id(part) in biased) for part in factored]
+        gram = sum_tensors([*grams, *(part.gram() for part in explicit.values())])
         if self._shift is not None:
             cross = self._data_scores(self._shift)
             gram = gram + cross[:, None] + cross[None, :] + self._shift.square().sum()
@@ -280,14 +392,14 @@ class SecondMoment(BlockOperator):
         gradients = torch.cat([part.explicit() for part in self._parts], dim=1)
         if self._shift is not None:
             gradients = gradients + self._shift
-        return (gradients.T @ gradients)[None] / self.n_samples
+        return with_ridge((gradients.T @ gradients)[None] / self.n_samples, self.ridge)
 
     def trace(self) -> Tensor:
         """Return the trace of each sub-block, shape (count,)."""
         squares = sum_tensors(part.squared_norms() for part in self._parts)
         if self._shift is not None:
             squares = squares + 2 * self._data_scores(self._shift) + self._shift.square().sum()
-        return squares.mean().reshape(1)
+        return squares.mean().reshape(1) + self.ridge * self.size
 
     def _data_scores(self, vector: Tensor) -> Tensor:
         pieces = zip(self._parts, torch.split(vector, self._sizes), strict=True)
@@ -333,16 +445,38 @@ class StreamedSecondMoment(BlockOperator):
 
     def trace(self) -> Tensor:
         """Return the trace of each sub-block, shape (count,)."""
-        trace = torch.zeros(self.count, dtype=self.dtype, device=self.device)
-        for gradients in self._chunks():
-            trace += gradients.square().sum((0, 2))
-        return trace / self._n_samples
+        return gradient_trace(self.block, self._sampler, self._shift)
 
     def _chunks(self) -> Iterator[Tensor]:
-        for chunk in self._sampler.chunks(self.block.parameters):
-            flat = torch.cat([chunk[name] for name in self.block.parameters], dim=1)
-            gradients = flat.reshape(len(flat), self.count, self.size)
-            yield gradients if self._shift is None else gradients + self._shift
+        return gradient_chunks(self.block, self._sampler, self._shift)
+
+
+def gradient_chunks(block: Block, sampler: GradientSampler, shift: Tensor | None) -> Iterator[Tensor]:
+    """Yield the per-sample gradients of a block with a shift (count, p), shape (chunk, count, p)."""
+    for chunk in sampler.chunks(block.parameters):
+        flat = torch.cat([chunk[name] for name in block.parameters], dim=1)
+        gradients = flat.reshape(len(flat), block.count, block.size)
+        yield gradients if shift is None else gradients + shift
+
+
+def gradient_trace(block: Block, sampler: GradientSampler, shift: Tensor | None) -> Tensor:
+    """Return the mean squared norm of a block's per-sample gradients, shape (count,)."""
+    traces = [(len(chunk), chunk.square().sum((0, 2))) for chunk in gradient_chunks(block, sampler, shift)]
+    return sum_tensors(trace for _, trace in traces) / sum(n for n, _ in traces)
+
+
+def with_ridge(matrices: Tensor, ridge: float) -> Tensor:
+    """Add a number to the diagonals of matrices, in place.
+
+    Examples
+    --------
+    >>> with_ridge(torch.zeros(1, 2, 2), 0.5)
+    tensor([[[0.5000, 0.0000],
+             [0.0000, 0.5000]]])
+    """
+    if ridge:
+        matrices.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    return matrices
 
 
 def split(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

@@ -6,17 +6,19 @@ have that form, and as a plain matrix elsewhere. Both know the same three operat
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hild_xr.recorders.curvature.functional import at_least_float32, map_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from hild_xr.recorders.curvature.functional import FunctionalModel, Inputs
     from hild_xr.recorders.curvature.isolation import Measurement
@@ -81,7 +83,7 @@ class ExplicitGradients:
 
     def gram(self) -> Tensor:
         """Return J J^T, shape (M, M)."""
-        return self.matrix @ self.matrix.T
+        return self_products(self.matrix)
 
     def squared_norms(self) -> Tensor:
         """Return |g_m|^2, shape (M,)."""
@@ -96,10 +98,13 @@ class ExplicitGradients:
 class FactoredGradients:
     r"""Per-sample gradients :math:`\delta_m h_m^T` of a linear layer's weight, never formed.
 
+    A sample may have several: those of its outputs, say. They share its input, and
+    count as one row each, sample by sample.
+
     Parameters
     ----------
     delta
-        Gradients by the layer's output, shape (M, out).
+        Gradients by the layer's output, shape (M, out), or (M, K, out) for K of each sample.
     h
         Inputs of the layer, shape (M, in).
 
@@ -120,28 +125,81 @@ class FactoredGradients:
     @property
     def size(self) -> int:
         """Number of parameters p."""
-        return self.delta.shape[1] * self.h.shape[1]
+        return self.delta.shape[-1] * self.h.shape[1]
 
     def apply(self, vectors: Tensor) -> Tensor:
-        """Return J v for each of the vectors (n, p), shape (n, M)."""
-        shape = (self.delta.shape[1], self.h.shape[1])
-        return torch.stack([((self.h @ v.reshape(shape).T) * self.delta).sum(1) for v in vectors])
+        """Return J v for each of the vectors (n, p), shape (n, M K)."""
+        shape = (self.delta.shape[-1], self.h.shape[1])
+        return torch.stack([self._scores(self.h @ v.reshape(shape).T) for v in vectors])
 
     def adjoint(self, weights: Tensor) -> Tensor:
-        """Return J^T u for each of the weights (n, M), shape (n, p)."""
-        return torch.stack([((self.delta * w[:, None]).T @ self.h).reshape(-1) for w in weights])
+        """Return J^T u for each of the weights (n, M K), shape (n, p)."""
+        return torch.stack([(self._weighted(w).T @ self.h).reshape(-1) for w in weights])
 
-    def gram(self) -> Tensor:
-        """Return J J^T, shape (M, M)."""
-        return (self.delta @ self.delta.T) * (self.h @ self.h.T)
+    def gram(self, *, with_bias: bool = False) -> Tensor:
+        """Return J J^T, shape (M K, M K); with that of the layer's bias, whose gradients are delta, added."""
+        inputs, gram = self_products(self.h), self_products(self.delta.flatten(0, -2))
+        if with_bias:
+            inputs += 1
+        if self.delta.ndim == 2:
+            return gram.mul_(inputs)
+        m, k = self.delta.shape[:2]
+        gram.view(m, k, m, k).mul_(inputs[:, None, :, None])
+        return gram
 
     def squared_norms(self) -> Tensor:
-        """Return |g_m|^2, shape (M,)."""
-        return self.delta.square().sum(1) * self.h.square().sum(1)
+        """Return |g_m|^2, shape (M K,)."""
+        squares = self.h.square().sum(1)
+        inputs = squares if self.delta.ndim == 2 else squares[:, None]
+        return (self.delta.square().sum(-1) * inputs).reshape(-1)
 
     def explicit(self) -> Tensor:
-        """Return J itself, shape (M, p)."""
-        return (self.delta[:, :, None] * self.h[:, None, :]).flatten(1)
+        """Return J itself, shape (M K, p)."""
+        inputs = self.h if self.delta.ndim == 2 else self.h[:, None]
+        return (self.delta[..., :, None] * inputs[..., None, :]).flatten(-2).flatten(0, -2)
+
+    def _scores(self, outputs: Tensor) -> Tensor:
+        if self.delta.ndim == 2:
+            return (outputs * self.delta).sum(1)
+        return (self.delta @ outputs[:, :, None]).reshape(-1)
+
+    def _weighted(self, weights: Tensor) -> Tensor:
+        if self.delta.ndim == 2:
+            return self.delta * weights[:, None]
+        return (weights.reshape(len(self.h), 1, -1) @ self.delta)[:, 0]
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """Linear functions of each sample's outputs.
+
+    Parameters
+    ----------
+    values
+        Shape (M, K, *output).
+    output_leaf
+        Which of the tensors that the model returns they are functions of.
+    """
+
+    values: Tensor
+    output_leaf: int
+
+
+def self_products(rows: Tensor, block: int = 256) -> Tensor:
+    """Return ``rows @ rows.T``; of a large one every half is computed only once.
+
+    Examples
+    --------
+    >>> self_products(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), block=1)
+    tensor([[1., 1.],
+            [1., 5.]])
+    """
+    products = torch.empty(len(rows), len(rows), dtype=rows.dtype, device=rows.device)
+    for start in range(0, len(rows), block):
+        here, after = slice(start, start + block), slice(start, None)
+        torch.mm(rows[here], rows[after].T, out=products[here, after])
+        products[start + block :, here] = products[here, start + block :].T
+    return products
 
 
 class GradientSampler:
@@ -179,30 +237,58 @@ class GradientSampler:
         self._measuring, self._max_bytes = measuring, max_bytes
         self._vectorised = True
 
-    def chunks(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Yield per-sample gradients by name, flattened to (chunk, p), for chunks of samples in order."""
+    def chunks(
+        self, names: Sequence[str], cotangents: Cotangents | None = None, samples: slice = slice(None)
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield per-sample gradients by name, flattened to (chunk, p), for chunks of samples in order.
+
+        Parameters
+        ----------
+        names
+            Qualified names of the parameters.
+        cotangents
+            What to differentiate instead of the loss: K linear functions of each sample's
+            outputs. A chunk of samples then gives K rows for each of them.
+        samples
+            The samples to take, a slice with step 1.
+        """
         leaves = [self._network.trainable[name] for name in names]
         bytes_per_sample = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        bytes_per_sample *= 1 if cotangents is None else cotangents.values.shape[1]
         size = min(max(1, self._max_bytes // (2 * bytes_per_sample)), 512)
-        for start in range(0, len(self._objective), size):
-            inputs, targets = self._objective.samples(slice(start, start + size), self._dtype)
+        first, last, _ = samples.indices(len(self._objective))
+        for start in range(first, last, size):
+            index = slice(start, min(start + size, last))
+            inputs, targets = self._objective.samples(index, self._dtype)
             # torch.func.grad differentiates under no_grad too; the other parameters need no graph.
             with self._measuring(), torch.no_grad():
-                gradients = self._gradients(names, inputs, targets)
-            yield {name: at_least_float32(g).reshape(len(targets), -1) for name, g in gradients.items()}
+                if cotangents is None:
+                    gradients = self._gradients(names, torch.func.grad(self._sample_loss), inputs, targets)
+                else:
+                    pull = functools.partial(self._pulled_back, leaf=cotangents.output_leaf)
+                    gradients = self._gradients(names, pull, inputs, cotangents.values[index])
+                    gradients = {name: g.flatten(0, 1) for name, g in gradients.items()}
+            yield {name: at_least_float32(g).reshape(len(g), -1) for name, g in gradients.items()}
 
-    def all(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the gradients of all samples by name, each (M, p)."""
-        parts = list(self.chunks(names))
+    def all(
+        self, names: Sequence[str], cotangents: Cotangents | None = None, samples: slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """Return the gradients of all samples by name, each (M, p), or (M K, p) with cotangents."""
+        parts = list(self.chunks(names, cotangents, samples))
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
-    def _gradients(self, names: Sequence[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
+    def _gradients(
+        self,
+        names: Sequence[str],
+        of_sample: Callable[[dict[str, Tensor], Inputs, Tensor], dict[str, Tensor]],
+        inputs: Inputs,
+        other: Tensor,
+    ) -> dict[str, Tensor]:
         chosen = {name: self._network.trainable[name].detach() for name in names}
-        gradient = torch.func.grad(self._sample_loss)
         if self._vectorised:
             try:
-                vectorised: dict[str, Tensor] = torch.func.vmap(gradient, in_dims=(None, 0, 0))(
-                    chosen, inputs, targets
+                vectorised: dict[str, Tensor] = torch.func.vmap(of_sample, in_dims=(None, 0, 0))(
+                    chosen, inputs, other
                 )
             except (RuntimeError, ValueError) as error:
                 self._vectorised = False
@@ -214,12 +300,25 @@ class GradientSampler:
                 )
             else:
                 return vectorised
-        singles = [gradient(chosen, _sample(inputs, m), targets[m]) for m in range(len(targets))]
+        singles = [of_sample(chosen, _sample(inputs, m), other[m]) for m in range(len(other))]
         return {name: torch.stack([single[name] for single in singles]) for name in names}
 
     def _sample_loss(self, chosen: dict[str, Tensor], inputs: Inputs, target: Tensor) -> Tensor:
         outputs = self._network(map_inputs(lambda x: x[None], inputs), chosen)
         return self._objective.mean_loss(outputs, target[None])
+
+    def _pulled_back(
+        self, chosen: dict[str, Tensor], inputs: Inputs, cotangents: Tensor, leaf: int
+    ) -> dict[str, Tensor]:
+        def output(parameters: dict[str, Tensor]) -> Tensor:
+            outputs = self._network(map_inputs(lambda x: x[None], inputs), parameters)
+            found: Tensor = pytree.tree_leaves(outputs)[leaf]
+            return found[0]
+
+        value, pull = torch.func.vjp(output, chosen)[:2]
+        # One by one: a vmap inside would meet double batching, which fewer operations support.
+        pulled: list[dict[str, Tensor]] = [pull(one)[0] for one in cotangents.to(value.dtype)]
+        return {name: torch.stack([one[name] for one in pulled]) for name in chosen}
 
 
 def _sample(inputs: Inputs, m: int) -> Inputs:

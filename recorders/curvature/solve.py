@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.eigensolvers import (
-    Eigenpairs,
-    Which,
-    dense_eigenpairs,
-    lanczos_eigenpairs,
-    rayleigh_ritz,
-)
+from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
+from hild_xr.recorders.curvature.lanczos import lanczos_eigenpairs
 from hild_xr.recorders.curvature.operators import (
     BlockOperator,
     FactoredRowsSecondMoment,
     SecondMoment,
     WeightedRows,
+)
+from hild_xr.recorders.curvature.pairs import (
+    Eigenpairs,
+    Which,
+    certified,
+    dense_eigenpairs,
+    rayleigh_ritz,
 )
 from hild_xr.recorders.curvature.spectrum import BlockSpectrum, Path
 
@@ -47,6 +50,8 @@ class SolveOptions:
         Blocks of at most this size are solved as whole matrices that are returned.
     max_bytes
         Memory that a Gram matrix, or the bases or matrices of rows solved at once, may take.
+    max_seconds
+        Time allowed for each matrix-free solve.
     """
 
     k: int
@@ -57,6 +62,7 @@ class SolveOptions:
     dense_up_to: int = 128
     matrix_up_to: int = 0
     max_bytes: int = 2**30
+    max_seconds: float = math.inf
 
 
 def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
@@ -87,14 +93,14 @@ def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
     rows_of_linear_layer = isinstance(operator, WeightedRows | FactoredRowsSecondMoment)
     if options.dense_up_to and rows_of_linear_layer and operator.size <= 32 * options.k:
         return "dense"
-    if isinstance(operator, SecondMoment) and options.which != "smallest":
+    if isinstance(operator, SecondMoment) and options.which in ("magnitude", "largest"):
         gram_bytes = operator.n_samples**2 * torch.finfo(operator.dtype).bits // 8
         if operator.n_samples < operator.size and gram_bytes <= options.max_bytes:
             return "gram"
     return "lanczos"
 
 
-def solve(operator: BlockOperator, options: SolveOptions) -> BlockSpectrum:
+def solve(operator: BlockOperator, options: SolveOptions, start: Tensor | None = None) -> BlockSpectrum:
     """Return the eigenpairs of a block.
 
     Parameters
@@ -103,6 +109,9 @@ def solve(operator: BlockOperator, options: SolveOptions) -> BlockSpectrum:
         The block's matrix.
     options
         What is asked for.
+    start
+        Eigenvectors found some training steps before, shape (*batch, s, *vector_shape). A search
+        begins there; a path that does not search, or vectors that are not finite, do without.
 
     Returns
     -------
@@ -123,7 +132,9 @@ def solve(operator: BlockOperator, options: SolveOptions) -> BlockSpectrum:
     elif path == "gram" and isinstance(operator, SecondMoment):
         pairs = gram_eigenpairs(operator, options)
     else:
-        pairs = _solve_lanczos(operator, options)
+        vectors = _start_vectors(operator, start)
+        path = "lanczos" if vectors is None else "warm"
+        pairs = _solve_lanczos(operator, options, vectors)
     block = operator.block
     batch = block.batch_shape
     if trace is None:
@@ -146,14 +157,15 @@ def gram_eigenpairs(operator: SecondMoment, options: SolveOptions) -> Eigenpairs
 
     Both have the same nonzero eigenvalues; an eigenvector u of K lifts to
     :math:`J^Tu`. Where G has fewer than k nonzero eigenvalues, vectors of its null
-    space complete the set. Residuals come from products with G.
+    space complete the set. Residuals come from products with K where its rounding does
+    not matter, else from products with G.
 
     Parameters
     ----------
     operator
         G-matrix of M samples and p > M parameters.
     options
-        What is asked for; ``which`` must not be ``"smallest"``.
+        What is asked for; ``which`` must be ``"magnitude"`` or ``"largest"``.
 
     Returns
     -------
@@ -184,19 +196,57 @@ def gram_eigenpairs(operator: SecondMoment, options: SolveOptions) -> Eigenpairs
             seed=options.seed,
             name=name,
         )
-    vectors = _lifted(operator, pairs, options)
+    if not _lifts_exactly(pairs.eigenvalues[0], operator, options):
+        return _multiplied(operator, _completed(operator, pairs, options), pairs, options)
+    return _lifted(operator, gram, pairs, options)
+
+
+def _lifts_exactly(eigenvalues: Tensor, operator: SecondMoment, options: SolveOptions) -> bool:
+    """Whether rounding of K leaves the residuals of all lifted vectors well below the tolerance."""
+    if len(eigenvalues) < options.k or not bool(eigenvalues[-1] > 0):
+        return False
+    spread = float(eigenvalues[0] / eigenvalues[-1])
+    rounding = 10 * torch.finfo(operator.dtype).eps * spread**1.5
+    return bool(rounding <= options.tol)
+
+
+def _lifted(operator: SecondMoment, gram: Tensor, pairs: Eigenpairs, options: SolveOptions) -> Eigenpairs:
+    r"""Return the vectors :math:`v = J^Tw`, whose products :math:`\frac1M J^TJv = J^TKw` need no pass over J.
+
+    So the residual is :math:`J^T(Kw - \lambda w)`, of squared length :math:`M r^TKr`.
+    """
+    weights, m = pairs.eigenvectors[0], operator.n_samples
+    # The basis is orthonormal where w_i^T K w_j = delta_ij / M.
+    lower = torch.linalg.cholesky((m * (weights @ gram @ weights.T)).to("cpu", torch.float64))
+    weights = torch.linalg.solve_triangular(lower, weights.cpu().double(), upper=False).to(gram)
+    rest = weights @ gram - pairs.eigenvalues[0][:, None].to(gram) * weights
+    norms = (m * ((rest @ gram) * rest).sum(1, dtype=torch.float64)).clamp(min=0).sqrt().cpu()
+    eigenvalues = pairs.eigenvalues.cpu() + operator.ridge
+    vectors = operator.adjoint(weights)
+    if not bool(vectors.isfinite().all()):
+        raise NonFiniteCurvatureError(operator.block.label, "a product")
+    return certified(
+        eigenvalues, vectors[None], norms[None], eigenvalues[:, 0], options.tol, pairs.n_matvec.cpu()
+    )
+
+
+def _multiplied(
+    operator: SecondMoment, vectors: Tensor, pairs: Eigenpairs, options: SolveOptions
+) -> Eigenpairs:
+    """Return the Ritz pairs of some orthonormal vectors, with residuals from products."""
+    rows = torch.zeros(options.k, dtype=torch.int64, device=vectors.device)
     return rayleigh_ritz(
         vectors[None],
-        operator.product(vectors, torch.zeros(options.k, dtype=torch.int64, device=vectors.device))[None],
+        operator.product(vectors, rows)[None],
         which=options.which,
         tol=options.tol,
         scale=torch.zeros(1, dtype=torch.float64),
         n_matvec=pairs.n_matvec + options.k,
-        name=name,
+        name=operator.block.label,
     )
 
 
-def _lifted(operator: SecondMoment, pairs: Eigenpairs, options: SolveOptions) -> Tensor:
+def _completed(operator: SecondMoment, pairs: Eigenpairs, options: SolveOptions) -> Tensor:
     """Return k orthonormal vectors: J^T u for nonzero eigenvalues, completed at random."""
     eigenvalues = pairs.eigenvalues[0]
     nonzero = eigenvalues > torch.finfo(operator.dtype).eps * eigenvalues[0].clamp(min=0)
@@ -230,9 +280,28 @@ def _solve_dense(
     return _joined(pairs), torch.cat(traces), torch.cat(matrices) if keep else None
 
 
-def _solve_lanczos(operator: BlockOperator, options: SolveOptions) -> Eigenpairs:
-    bytes_per_row = 4 * (options.k + 6) * operator.size * torch.finfo(operator.dtype).bits // 8
-    chunk = max(1, options.max_bytes // bytes_per_row)
+def _start_vectors(operator: BlockOperator, start: Tensor | None) -> Tensor | None:
+    """Return the earlier eigenvectors, shape (count, s, p), if they can serve."""
+    if start is None:
+        return None
+    block, vector_shape = operator.block, operator.block.vector_shape
+    batch_dims, vector_dims = len(block.batch_shape), len(vector_shape)
+    fits = start.ndim == batch_dims + 1 + vector_dims and start.shape[:batch_dims] == block.batch_shape
+    if not fits or start.shape[batch_dims + 1 :] != vector_shape:
+        raise ValueError(
+            f"the start of block {block.label!r} must have the shape of its eigenvectors, "
+            f"{(*block.batch_shape, 'k', *vector_shape)}; got {tuple(start.shape)}"
+        )
+    vectors = start.reshape(operator.count, -1, operator.size).to(operator.device, operator.dtype)
+    return vectors if bool(vectors.isfinite().all()) else None
+
+
+def _solve_lanczos(operator: BlockOperator, options: SolveOptions, start: Tensor | None) -> Eigenpairs:
+    bytes_per_vector = operator.size * torch.finfo(operator.dtype).bits // 8
+    # A single large block takes a smaller basis rather than more memory, and some products more.
+    large, small = max(3 * options.k + 2, 20), 2 * options.k + 4
+    basis = max(small, min(large, options.max_bytes // (2 * bytes_per_vector)))
+    chunk = max(1, options.max_bytes // (2 * (basis + 2) * bytes_per_vector))
     pairs = []
     for rows in _chunks(operator, chunk):
         pairs.append(
@@ -244,6 +313,9 @@ def _solve_lanczos(operator: BlockOperator, options: SolveOptions) -> Eigenpairs
                 which=options.which,
                 tol=options.tol,
                 max_matvec=options.max_matvec,
+                max_seconds=options.max_seconds,
+                max_basis=basis,
+                start=None if start is None else start[rows],
                 dtype=operator.dtype,
                 device=operator.device,
                 seed=options.seed,

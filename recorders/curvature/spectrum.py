@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
     from hild_xr.recorders.curvature.blocks import Block
 
-Path = Literal["dense", "lanczos", "gram"]
-"""How a block was solved: whole matrix, products only, or the M x M Gram matrix of per-sample gradients."""
+Path = Literal["dense", "lanczos", "warm", "gram"]
+"""How a block was solved: whole matrix, products, products from earlier eigenvectors on, or the Gram matrix
+of per-sample gradients."""
 
 
 @dataclass(frozen=True)

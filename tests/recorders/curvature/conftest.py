@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hild_xr.recorders.curvature import Block
+from hild_xr.recorders.curvature.operators import BlockOperator
 from hild_xr.recorders.objective import Objective
 
 if TYPE_CHECKING:
@@ -50,6 +52,23 @@ class Xor(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return (inputs @ self.W.T).relu() @ self.v
+
+
+class Elman(nn.Module):
+    """A recurrent network, written out so that ``vmap`` takes it; weights are used at every time."""
+
+    def __init__(self, inputs: int = 3, hidden: int = 4, outputs: int = 3) -> None:
+        super().__init__()
+        self.inward = nn.Linear(inputs, hidden)
+        self.around = nn.Linear(hidden, hidden, bias=False)
+        self.out = nn.Linear(hidden, outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.inward(inputs[:, 0]).tanh()
+        for t in range(1, inputs.shape[1]):
+            hidden = (self.inward(inputs[:, t]) + self.around(hidden)).tanh()
+        outputs: Tensor = self.out(hidden)
+        return outputs
 
 
 @dataclass
@@ -117,6 +136,45 @@ class Case:
             rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters)]))
         return torch.stack(rows)
 
+    def jacobians(self) -> tuple[Tensor, Tensor]:
+        """Return the outputs (M, D) and their derivatives (M, D, P), by a loop over samples and outputs."""
+        model = copy.deepcopy(self.model).eval()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        outputs, rows = [], []
+        for m in range(len(self.targets)):
+            output = model(self.inputs[m : m + 1]).reshape(-1)
+            gradients = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in output]
+            rows.append(torch.stack([torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients]))
+            outputs.append(output.detach())
+        return torch.stack(outputs), torch.stack(rows)
+
+    def second_moments(self) -> dict[str, Tensor]:
+        """Return whole matrices made of the derivatives of the outputs, by their definitions."""
+        f, J = self.jacobians()
+        shape = () if self.loss is logistic else (f.shape[1],)
+
+        def of_sample(output: Tensor, target: Tensor) -> Tensor:
+            return self.loss(output.reshape(1, *shape), target[None])
+
+        ggn = torch.zeros(J.shape[2], J.shape[2], dtype=J.dtype)
+        fisher = torch.zeros_like(ggn)
+        for output, target, jacobian in zip(f, self.targets, J, strict=True):
+            ggn += jacobian.T @ torch.func.hessian(of_sample)(output, target) @ jacobian / len(f)
+            labels = [torch.zeros_like(target), torch.ones_like(target)]
+            if self.loss is F.cross_entropy:
+                labels = list(torch.arange(len(output)))
+            for label in labels:
+                g = jacobian.T @ torch.func.grad(of_sample)(output, label)
+                fisher += torch.exp(-of_sample(output, label)) * torch.outer(g, g) / len(f)
+        gradients = self.gradients()
+        centred = gradients - gradients.mean(0)
+        return {
+            "ggn": ggn,
+            "fisher": fisher,
+            "gmatrix": gradients.T @ gradients / len(f),
+            "gmatrix_centered": centred.T @ centred / len(f),
+        }
+
     def flat(self) -> Tensor:
         return torch.cat([value.reshape(-1) for value in self.trainable.values()])
 
@@ -154,6 +212,7 @@ def _build() -> dict[str, Case]:
         Case(
             "attention", TiedAttention(), F.cross_entropy, torch.randint(0, 5, (9, 4)), _classes(9, 5), 0.02
         ),
+        Case("rnn", Elman(), F.cross_entropy, torch.randn(13, 4, 3), _classes(13, 3), 0.1),
         Case("gmm", linear, F.cross_entropy, torch.randn(40, 6), _classes(40, 3), 0.1),
         Case("xor", Xor(), logistic, torch.randn(50, 6), _classes(50, 2).float(), 0.1),
         Case("frozen", frozen, F.cross_entropy, torch.randn(8, 5), _classes(8, 3), 0.3),
@@ -178,6 +237,19 @@ def get_case() -> Callable[[str], Case]:
 
 
 @pytest.fixture(scope="session")
+def whole_matrices() -> Callable[[str], dict[str, Tensor]]:
+    """Return a function that gives the whole matrices of a case by their kind, data part only, made once."""
+    made: dict[str, dict[str, Tensor]] = {}
+
+    def give(name: str) -> dict[str, Tensor]:
+        if name not in made:
+            made[name] = {"hessian": CASES[name].hessian(), **CASES[name].second_moments()}
+        return made[name]
+
+    return give
+
+
+@pytest.fixture(scope="session")
 def dense_matrices() -> Callable[[str], tuple[Tensor, Tensor]]:
     """Return a function that gives the whole Hessian and the per-sample gradients of a case, made once."""
     made: dict[str, tuple[Tensor, Tensor]] = {}
@@ -188,3 +260,38 @@ def dense_matrices() -> Callable[[str], tuple[Tensor, Tensor]]:
         return made[name]
 
     return give
+
+
+class MatrixOperator(BlockOperator):
+    """Whole matrices (count, p, p) behind the contract of an operator: a batch of rows if count > 1."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        shape = tuple(matrices.shape[:2]) if len(matrices) > 1 else (matrices.shape[1],)
+        block = Block("planted", "rows" if len(matrices) > 1 else "layer", ("planted",), (shape,))
+        super().__init__(block, matrices.dtype, matrices.device)
+        self.matrices, self.products = matrices, 0
+
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        self.products += len(vectors)
+        if len(self.matrices) == 1:
+            return vectors @ self.matrices[0].T
+        return (self.matrices[rows] @ vectors[:, :, None])[:, :, 0]
+
+
+@pytest.fixture(scope="session")
+def operator_of() -> Callable[[Tensor], MatrixOperator]:
+    """Return a function that wraps matrices (count, p, p), or one matrix (p, p)."""
+    return lambda matrices: MatrixOperator(matrices.reshape(-1, *matrices.shape[-2:]))
+
+
+@pytest.fixture(scope="session")
+def planted() -> Callable[[Tensor], Tensor]:
+    """Return a function that makes a matrix of the eigenvalues given, in a random basis."""
+
+    def make(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (len(eigenvalues), len(eigenvalues))
+        basis: Tensor = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))[0]
+        return (basis * eigenvalues.double()) @ basis.T
+
+    return make

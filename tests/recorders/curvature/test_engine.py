@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from hild_xr.recorders.curvature import (
     BlockSpectrum,
     Curvature,
+    FisherMC,
     NonFiniteCurvatureError,
     Which,
-    eigenpairs,
     resolve_blocks,
 )
 from hild_xr.recorders.curvature.blocks import BlockKind
-from hild_xr.recorders.curvature.eigensolvers import ranking
 from hild_xr.recorders.curvature.engine import MatrixKind
+from hild_xr.recorders.curvature.operators import NetworkGaussNewton
+from hild_xr.recorders.curvature.pairs import ranking
 from hild_xr.recorders.objective import Objective
 
 if TYPE_CHECKING:
@@ -32,6 +33,23 @@ if TYPE_CHECKING:
 
 KINDS: tuple[BlockKind, ...] = ("layer", "rows", "model")
 MATRICES: tuple[MatrixKind, ...] = ("hessian", "gmatrix")
+AT_OUTPUTS: tuple[MatrixKind, ...] = ("ggn", "fisher", "fisher_mc")
+ALL: tuple[MatrixKind, ...] = (*MATRICES, *AT_OUTPUTS, "gmatrix_centered")
+MEASURED: list[tuple[MatrixKind, BlockKind]] = [(m, b) for m in MATRICES for b in KINDS]
+MEASURED += [(m, "rows") for m in AT_OUTPUTS]
+
+
+def eigenpairs(
+    model: nn.Module,
+    objective: Objective,
+    k: int,
+    *choice: Any,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> dict[str, BlockSpectrum]:
+    """Solve in a context of its own."""
+    with Curvature(model, objective, dtype=dtype) as curvature:
+        return curvature.eigenpairs(k, *choice, **options)
 
 
 def exact_blocks(
@@ -97,6 +115,257 @@ def test_eigenpairs__equal_dense_ones_in_float64(
             case, dense_matrices(case.name), found, matrix, matrix == "hessian"
         ):
             check_against_dense(exact, values, vectors, "magnitude", 1e-8)
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "fisher", "gmatrix_centered"])
+@pytest.mark.parametrize("dense_up_to", [0, 128])
+@pytest.mark.parametrize("max_bytes", [2**30, 1])
+def test_eigenpairs__of_the_other_matrices_equal_dense_ones(
+    case: Any, whole_matrices: Any, matrix: MatrixKind, dense_up_to: int, max_bytes: int
+) -> None:
+    whole = whole_matrices(case.name)[matrix]
+    with Curvature(case.model, case.objective(), dense_up_to=dense_up_to, max_bytes=max_bytes) as curvature:
+        for kind in KINDS:
+            blocks = resolve_blocks(case.model, kind)
+            layers = (
+                None if kind == "model" else [block.label for block in blocks[:: max(1, len(blocks) // 2)]]
+            )
+            k = min(3, min(block.size for block in blocks))
+            spectra = curvature.eigenpairs(k, matrix, kind, layers, tol=1e-6)
+            for found in spectra.values():
+                assert bool(found.converged.all())
+                columns = case.columns(found.block.parameters).reshape(found.block.count, found.block.size)
+                pairs = zip(
+                    columns,
+                    found.eigenvalues.reshape(-1, k),
+                    found.eigenvectors.reshape(len(columns), k, -1),
+                    strict=True,
+                )
+                for index, values, vectors in pairs:
+                    ridge = (matrix == "ggn") * case.l2 * torch.eye(len(index), dtype=torch.float64)
+                    check_against_dense(whole[index][:, index] + ridge, values, vectors, "magnitude", 1e-8)
+
+
+@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest"])
+def test_gram_trick__serves_every_second_moment(get_case: Any, whole_matrices: Any, which: Which) -> None:
+    case = get_case("frozen")  # 8 samples, 35 parameters
+    assert len(case.inputs) * 3 < case.flat().numel()
+    for matrix in ("ggn", "fisher", "gmatrix", "gmatrix_centered"):
+        whole = whole_matrices(case.name)[matrix]
+        regularised = matrix == "ggn"
+        whole = whole + regularised * case.l2 * torch.eye(len(whole), dtype=torch.float64)
+        with Curvature(case.model, case.objective(), dense_up_to=0) as curvature:
+            (found,) = curvature.eigenpairs(4, matrix, "model", which=which, tol=1e-6).values()
+        assert found.path == ("lanczos" if which == "smallest" else "gram")
+        assert bool(found.converged.all())
+        check_against_dense(whole, found.eigenvalues, found.eigenvectors, which, 1e-8)
+        assert float(found.trace) == pytest.approx(float(whole.trace()), rel=1e-10)
+
+
+def test_gram_trick__completes_a_set_beyond_the_rank_with_the_regularisers_eigenvalue(get_case: Any) -> None:
+    case = get_case("frozen")
+    case.inputs, case.targets = case.inputs[:2], case.targets[:2]
+    with Curvature(case.model, case.objective(), dense_up_to=0) as curvature:
+        (found,) = curvature.eigenpairs(6, "ggn", "model").values()
+    assert found.path == "gram"
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.eigenvalues[4:], torch.full((2,), case.l2).double())
+    assert bool((found.eigenvalues[:4] > 1.01 * case.l2).all())
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_fisher_mc__is_the_same_for_a_seed_whatever_the_batches(
+    get_case: Any, batch_size: int | None
+) -> None:
+    case = get_case("mlp-tanh")
+    values = {}
+    for draws, seed in ((2, 5), (2, 6), (1, 0)):
+        matrix = FisherMC(draws=draws, seed=seed)
+        torch.manual_seed(draws)
+        with Curvature(case.model, case.objective(batch_size)) as curvature:
+            values[draws, seed] = curvature.eigenpairs(3, matrix, "model")["model"].eigenvalues
+            again = curvature.eigenpairs(3, matrix, "model")["model"].eigenvalues
+            assert torch.equal(again, values[draws, seed])
+    with Curvature(case.model, case.objective()) as curvature:
+        whole = curvature.eigenpairs(3, FisherMC(2, 5), "model")["model"].eigenvalues
+        torch.testing.assert_close(whole, values[2, 5], rtol=1e-9, atol=0)
+        by_name = curvature.eigenpairs(3, "fisher_mc", "model")["model"].eigenvalues
+        torch.testing.assert_close(by_name, values[1, 0], rtol=1e-9, atol=0)
+    assert not torch.allclose(values[2, 5], values[2, 6], rtol=1e-3)
+
+
+def test_fisher_mc__nears_the_exact_one_as_draws_grow(get_case: Any, whole_matrices: Any) -> None:
+    for name in ("mlp-tanh", "xor"):
+        case, exact = get_case(name), whole_matrices(name)["fisher"]
+        errors = []
+        for draws in (1, 60, 3_000):
+            with Curvature(case.model, case.objective()) as curvature:
+                (operator,) = curvature.operators(resolve_blocks(case.model, "model"), FisherMC(draws))
+                found = operator.matrix(torch.zeros(1, dtype=torch.long))[0]
+            errors.append(float((found - exact).norm() / exact.norm()))
+        assert errors[0] > 3 * errors[1] > 9 * errors[2]
+        assert errors[2] < 0.03
+
+
+@pytest.mark.parametrize("options", [{"draws": 0}, {"draws": 1.5}, {"seed": -1}, {"draws": True}])
+def test_fisher_mc__refuses_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="draws must be an integer of at least 1"):
+        FisherMC(**options)
+
+
+def test_ggn__of_a_loss_not_convex_in_the_outputs_is_indefinite_and_exact() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).sin().sum(1).mean()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x, y = torch.randn(7, 3).double(), torch.randn(7, 2).double()
+    parameters = list(net.parameters())
+    whole = torch.zeros(())
+    for m in range(7):
+        output = net(x[m : m + 1])[0]
+        J = torch.stack(
+            [
+                torch.cat([g.reshape(-1) for g in torch.autograd.grad(o, parameters, retain_graph=True)])
+                for o in output
+            ]
+        )
+        whole = whole - J.T @ torch.diag((output.detach() - y[m]).sin()) @ J / 7
+    for kind in KINDS:
+        with Curvature(net, Objective(loss, x, y)) as curvature:
+            for operator in curvature.operators(resolve_blocks(net, kind), "ggn"):
+                assert isinstance(operator, NetworkGaussNewton)
+                if kind == "model":
+                    found = operator.matrix(torch.zeros(1, dtype=torch.long))[0]
+                    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12)
+                    assert float(torch.linalg.eigvalsh(found)[0]) < -0.1
+
+
+def test_ggn__takes_outputs_without_a_row_for_each_sample() -> None:
+    class Tokens(nn.Module):
+        """Returns its logits flattened over samples and tokens, as language models often do."""
+
+        def __init__(self, flat: bool) -> None:
+            super().__init__()
+            self.embedding, self.out, self.flat = nn.Embedding(5, 4), nn.Linear(4, 5), flat
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            logits: Tensor = self.out(self.embedding(tokens).cumsum(1).tanh())
+            return logits.flatten(0, 1) if self.flat else logits
+
+    tokens = torch.randint(0, 5, (6, 3), generator=torch.Generator().manual_seed(0))
+    products = []
+    for flat in (True, False):
+        torch.manual_seed(0)
+        net = Tokens(flat).double()
+        loss = (
+            (lambda o, t: F.cross_entropy(o, t.flatten()))
+            if flat
+            else (lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()))
+        )
+        with Curvature(net, Objective(loss, tokens, tokens)) as curvature:
+            (operator,) = curvature.operators(resolve_blocks(net, "model"), "ggn")
+            assert isinstance(operator, NetworkGaussNewton) == flat
+            products.append(operator.matrix(torch.zeros(1, dtype=torch.long))[0])
+            (fisher,) = curvature.eigenpairs(1, "gmatrix", "model").values()
+            assert bool(fisher.converged.all())
+            with pytest.raises(ValueError, match="several targets for a sample"):
+                curvature.eigenpairs(1, "fisher")
+    torch.testing.assert_close(products[0], products[1], rtol=1e-10, atol=1e-12)
+
+
+def test_matrices_at_the_outputs__find_the_one_that_the_loss_uses() -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, inputs: Tensor) -> dict[str, Any]:
+            hidden = self.hidden(inputs).tanh()
+            return {"hidden": hidden, "logits": self.out(hidden), "name": "answer"}
+
+    torch.manual_seed(0)
+    net = Answers().double()
+    plain = nn.Sequential(net.hidden, nn.Tanh(), net.out)
+    x, y = torch.randn(8, 4).double(), torch.arange(8) % 3
+    for matrix in (*AT_OUTPUTS, "gmatrix"):
+        for max_bytes in (2**30, 1):
+            with Curvature(
+                net, Objective(lambda o, t: F.cross_entropy(o["logits"], t), x, y), max_bytes=max_bytes
+            ) as curvature:
+                found = curvature.eigenpairs(2, matrix, "model")["model"]
+            with Curvature(plain, Objective(F.cross_entropy, x, y)) as curvature:
+                expected = curvature.eigenpairs(2, matrix, "model")["model"]
+            torch.testing.assert_close(found.eigenvalues, expected.eigenvalues, rtol=1e-5, atol=0)
+
+
+class CentredOutputs(nn.Linear):
+    """Subtracts the mean over the batch, as BatchNorm in training mode does, in any mode."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = super().forward(inputs)
+        return outputs - outputs.mean(0)
+
+
+@pytest.mark.parametrize("matrix", ALL)
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_batch_coupling__is_an_error_that_says_what_to_do(matrix: MatrixKind, batch_size: int | None) -> None:
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    without_statistics = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    for net in (CentredOutputs(4, 3), without_statistics):
+        objective = Objective(F.cross_entropy, x, y, batch_size=batch_size)
+        with pytest.raises(ValueError, match="BatchNorm with running statistics"):
+            eigenpairs(net, objective, 1, matrix)
+
+
+@pytest.mark.parametrize("matrix", ALL)
+def test_batch_norm__left_in_training_mode_is_measured_on_its_running_statistics(matrix: MatrixKind) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(8, 4).double(), torch.arange(8) % 3
+    net(x)
+    net.train()
+    objective = Objective(F.cross_entropy, x, y)
+    found = eigenpairs(net, objective, 2, matrix, "model")["model"]
+    assert net.training
+    expected = eigenpairs(net.eval(), objective, 2, matrix, "model")["model"]
+    assert torch.equal(found.eigenvalues, expected.eigenvalues)
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap does not support this model")
+@pytest.mark.parametrize("matrix", ["ggn", "gmatrix", "gmatrix_centered"])
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers__that_vmap_does_not_take_have_the_dense_matrix(
+    layer: type[nn.RNNBase], matrix: MatrixKind
+) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = layer(3, 2, batch_first=True), nn.Linear(2, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = self.out(self.rnn(inputs)[0][:, -1])
+            return outputs
+
+    torch.manual_seed(0)
+    net = Recurrent().double()
+    x, y = torch.randn(5, 4, 3).double(), torch.arange(5) % 3
+    parameters = list(net.parameters())
+    rows = []
+    for m in range(5):
+        entries = [*net(x[m : m + 1])[0], F.cross_entropy(net(x[m : m + 1]), y[m : m + 1])]
+        gradients = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in entries]
+        rows.append(torch.stack([torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients]))
+    J, g = torch.stack(rows)[:, :3], torch.stack(rows)[:, 3]
+    p = net(x).detach().softmax(1)
+    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    g = g - g.mean(0) if matrix == "gmatrix_centered" else g
+    exact = (J.mT @ inner @ J).mean(0) if matrix == "ggn" else g.T @ g / 5
+    for max_bytes in (2**30, 1):
+        with Curvature(net, Objective(F.cross_entropy, x, y), max_bytes=max_bytes) as curvature:
+            (operator,) = curvature.operators(resolve_blocks(net, "model"), matrix)
+            found = operator.matrix(torch.zeros(1, dtype=torch.long))[0]
+            torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
@@ -315,7 +584,7 @@ def test_curvature__leaves_training_bit_identical(context: str, batch_size: int 
     }
     objective = Objective(F.cross_entropy, x, y, batch_size=batch_size, l2=0.1)
     with contexts[context], Curvature(net, objective) as curvature:
-        spectra = [curvature.eigenpairs(1, m, b) for m in MATRICES for b in KINDS]
+        spectra = [curvature.eigenpairs(1, m, b) for m, b in MEASURED]
         for operator in curvature.operators(resolve_blocks(net, "model")):
             operator.product(torch.ones(1, operator.size), torch.zeros(1, dtype=torch.long))
     assert torch.equal(torch.get_rng_state(), rng)
@@ -337,7 +606,7 @@ def test_curvature__leaves_training_bit_identical(context: str, batch_size: int 
 
 def _plain_spectra(net: nn.Module, objective: Objective) -> list[BlockSpectrum]:
     with Curvature(copy.deepcopy(net).eval(), objective) as curvature:
-        return [s for m in MATRICES for b in KINDS for s in curvature.eigenpairs(1, m, b).values()]
+        return [s for m, b in MEASURED for s in curvature.eigenpairs(1, m, b).values()]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -349,10 +618,15 @@ def test_exit__frees_the_graph_without_the_garbage_collector(get_case: Any, fail
         with Curvature(case.model, case.objective()) as curvature:
             curvature.eigenpairs(1, "hessian", "rows")
             curvature.eigenpairs(1, "gmatrix", "layer")
+            for matrix in AT_OUTPUTS:
+                curvature.eigenpairs(1, matrix, "layer")
+                curvature.eigenpairs(1, matrix, "model")
             state = curvature._state
             assert state is not None
-            assert state._graph is not None
-            alive.extend(weakref.ref(thing) for thing in (state, state._graph, state._graph.loss))
+            graph = state._graphs.kept
+            assert graph is not None
+            alive.extend(weakref.ref(thing) for thing in (state, state._graphs, graph, graph.loss))
+            del graph
             alive.extend(weakref.ref(leaf) for leaf in state._network.trainable.values())
             if fails:
                 raise KeyError("inside")
@@ -378,7 +652,7 @@ def test_single_batch__runs_one_forward_for_all_blocks_and_both_matrices(get_cas
     objective.check(case.model)
     with Curvature(case.model, objective) as curvature:
         handle = case.model.register_forward_hook(lambda *args: calls.append(1))
-        for matrix in MATRICES:
+        for matrix in ALL:
             for kind in KINDS:
                 curvature.eigenpairs(1, matrix, kind)
         handle.remove()
@@ -397,7 +671,7 @@ def test_enter__raises_when_the_loss_is_not_finite(get_case: Any, value: float) 
     assert case.model.training
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "gmatrix", "gmatrix_centered", "fisher"])
 @pytest.mark.parametrize("dense_up_to", [0, 128])
 def test_eigenpairs__raise_and_name_the_block_whose_product_is_not_finite(
     matrix: MatrixKind, dense_up_to: int
@@ -435,8 +709,8 @@ def test_budget__is_kept_and_its_pairs_are_not_flagged(get_case: Any) -> None:
     [
         ({"k": 0}, "at least 1"),
         ({"k": 7}, r"fewer parameters: .*2\.bias \(6\)"),
-        ({"matrix": "fisher"}, "'hessian', 'gmatrix'; got 'fisher'"),
-        ({"blocks": "module"}, "got 'module'"),
+        ({"matrix": "kfac"}, r"'hessian', 'ggn', .*, or FisherMC\(...\); got 'kfac'"),
+        ({"blocks": "neuron"}, "got 'neuron'"),
         ({"which": "LA"}, "got 'LA'"),
         ({"tol": -1.0}, "tol, the relative residual"),
         ({"layers": ["0.weigth"]}, "did you mean '0.weight'"),
@@ -458,18 +732,6 @@ def test_curvature__is_used_inside_its_context(get_case: Any) -> None:
             use()
 
 
-def test_eigenpairs_function__is_the_method(get_case: Any) -> None:
-    case = get_case("xor")
-    with Curvature(case.model, case.objective()) as curvature:
-        expected = curvature.eigenpairs(2, "gmatrix", "rows", ["W"], include_regularizer=True, matrix_up_to=6)
-    found = eigenpairs(
-        case.model, case.objective(), 2, "gmatrix", "rows", ["W"], include_regularizer=True, matrix_up_to=6
-    )
-    assert list(found) == list(expected) == ["W"]
-    assert torch.equal(found["W"].eigenvalues, expected["W"].eigenvalues)
-    assert found["W"].matrix is not None
-
-
 def test_tied_weight__is_one_block_and_its_hessian_counts_both_uses(
     get_case: Any, dense_matrices: Any
 ) -> None:
@@ -489,7 +751,7 @@ def test_cuda__agrees_with_the_cpu(get_case: Any, dense_up_to: int) -> None:
         for device in ("cpu", "cuda"):
             model = copy.deepcopy(case.model).to(device)
             with Curvature(model, case.objective().to(device), dense_up_to=dense_up_to) as curvature:
-                asked = [curvature.eigenpairs(1, m, b, tol=1e-6) for m in MATRICES for b in KINDS]
+                asked = [curvature.eigenpairs(1, m, b, tol=1e-6) for m in ALL for b in KINDS]
             spectra.append([spectrum for by_label in asked for spectrum in by_label.values()])
         for on_cpu, on_gpu in zip(*spectra, strict=True):
             assert {getattr(on_gpu, field).device.type for field in fields} == {"cuda"}

@@ -145,6 +145,7 @@ def test_find__works_for_every_case(case: Any) -> None:
         "mlp-relu": ["0", "2", "4"],
         "cnn": ["5"],
         "attention": [],
+        "rnn": ["out"],
         "gmm": [""],
         "xor": [],
         "frozen": ["0", "2"],

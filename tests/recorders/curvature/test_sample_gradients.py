@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hild_xr.recorders.curvature.functional import FunctionalModel
 from hild_xr.recorders.curvature.isolation import Measurement
 from hild_xr.recorders.curvature.sample_gradients import (
+    Cotangents,
     ExplicitGradients,
     FactoredGradients,
     GradientSampler,
@@ -27,13 +28,18 @@ def sampler(model: nn.Module, objective: Objective, max_bytes: int = 2**20) -> G
 def representations() -> list[SampleGradients]:
     generator = torch.Generator().manual_seed(0)
     delta, h = torch.randn(7, 3, generator=generator), torch.randn(7, 4, generator=generator)
-    return [FactoredGradients(delta, h), ExplicitGradients(torch.randn(7, 12, generator=generator))]
+    several = torch.randn(7, 2, 3, generator=generator)
+    return [
+        FactoredGradients(delta, h),
+        FactoredGradients(several, h),
+        ExplicitGradients(torch.randn(7, 12, generator=generator)),
+    ]
 
 
-@pytest.mark.parametrize("gradients", representations(), ids=["factored", "explicit"])
+@pytest.mark.parametrize("gradients", representations(), ids=["factored", "several", "explicit"])
 def test_representation__operations_are_those_of_the_explicit_matrix(gradients: SampleGradients) -> None:
     explicit = gradients.explicit()
-    vectors, weights = torch.randn(2, 12), torch.randn(3, 7)
+    vectors, weights = torch.randn(2, 12), torch.randn(3, len(explicit))
     assert gradients.size == explicit.shape[1] == 12
     torch.testing.assert_close(gradients.apply(vectors), vectors @ explicit.T)
     torch.testing.assert_close(gradients.adjoint(weights), weights @ explicit)
@@ -45,6 +51,29 @@ def test_factored__is_the_gradient_of_a_linear_layer() -> None:
     delta, h = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 5.0], [1.0, 7.0]])
     expected = torch.stack([torch.outer(d, x).reshape(-1) for d, x in zip(delta, h, strict=True)])
     assert torch.equal(FactoredGradients(delta, h).explicit(), expected)
+
+
+def test_factored__holds_several_gradients_of_a_sample_one_after_the_other() -> None:
+    delta, h = torch.randn(3, 2, 4), torch.randn(3, 5)
+    expected = torch.stack([torch.outer(delta[m, k], h[m]).reshape(-1) for m in range(3) for k in range(2)])
+    torch.testing.assert_close(FactoredGradients(delta, h).explicit(), expected)
+
+
+@pytest.mark.parametrize("samples", [slice(None), slice(2, 7)])
+@pytest.mark.parametrize("max_bytes", [3000, 2**20])
+def test_sampler__pulls_back_linear_functions_of_the_outputs(
+    get_case: Any, max_bytes: int, samples: slice
+) -> None:
+    for name in ("mlp-tanh", "cnn", "xor"):
+        case = get_case(name)
+        names = tuple(case.trainable)
+        jacobians = case.jacobians()[1]
+        functions = torch.randn(len(jacobians), 2, jacobians.shape[1], dtype=torch.float64)
+        shape = () if name == "xor" else functions.shape[2:]
+        cotangents = Cotangents(functions.reshape(len(jacobians), 2, *shape), 0)
+        found = sampler(case.model, case.objective(), max_bytes).all(names, cotangents, samples)
+        expected = (functions @ jacobians)[samples].flatten(0, 1)
+        torch.testing.assert_close(torch.cat([found[n] for n in names], 1), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("max_bytes", [1, 3000, 2**20])

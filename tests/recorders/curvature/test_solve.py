@@ -9,7 +9,7 @@ from torch import Tensor
 from hild_xr.recorders.curvature.blocks import Block
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
 from hild_xr.recorders.curvature.operators import RowsSecondMoment, SecondMoment
-from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients
+from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients, SampleGradients
 from hild_xr.recorders.curvature.solve import SolveOptions, choose_path, gram_eigenpairs, solve
 
 
@@ -123,3 +123,30 @@ def test_solve__does_not_depend_on_how_many_rows_are_solved_at_once(max_bytes: i
     torch.testing.assert_close(found.eigenvalues, exact, rtol=1e-9, atol=0)
     assert bool(found.converged.all())
     torch.testing.assert_close(found.trace, gradients.square().sum((1, 2)) / 200)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [3.0, 30.0, 3000.0])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_gram__residuals_are_those_of_real_products(dtype: torch.dtype, spread: float, shifted: bool) -> None:
+    gradients = planted_gradients([spread ** (-i / 4) for i in range(12)], 700, 900, dtype)
+    shift = 0.01 * torch.ones(900, dtype=dtype) if shifted else None
+    # a loose search, so that residuals are large enough to compare
+    pairs = gram_eigenpairs(gmatrix(gradients, shift), SolveOptions(5, tol=0.05))
+    rows = gradients.double() + (0 if shift is None else shift.double())
+    vectors = pairs.eigenvectors[0].double()
+    true = (vectors @ rows.T @ rows / 700 - pairs.eigenvalues[0][:, None] * vectors).norm(dim=1)
+    rounding = 20 * torch.finfo(dtype).eps * spread**1.5
+    torch.testing.assert_close(pairs.residuals[0], true / pairs.eigenvalues[0], rtol=0.02, atol=rounding)
+    identity = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(vectors @ vectors.T, identity, rtol=0, atol=1e-5)
+
+
+def test_gram__of_a_layer_with_its_bias_shares_one_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta, h = torch.randn(600, 3, generator=generator), torch.randn(600, 5, generator=generator)
+    block = Block("0", "module", ("0.weight", "0.bias"), ((3, 5), (3,)))
+    parts: list[SampleGradients] = [FactoredGradients(delta, h), ExplicitGradients(delta)]
+    operator = SecondMoment(block, parts, 600, None, delta.dtype, delta.device)
+    rows = torch.cat([part.explicit() for part in parts], dim=1)
+    torch.testing.assert_close(operator.gram(), rows @ rows.T / 600)

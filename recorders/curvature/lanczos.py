@@ -1,0 +1,317 @@
+"""Leading eigenpairs through products: thick-restart Lanczos, started anew or from earlier eigenvectors."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hild_xr.recorders.curvature.pairs import (
+    Eigenpairs,
+    Which,
+    certified,
+    check_arguments,
+    own_scale,
+    ranking,
+)
+from hild_xr.recorders.curvature.subspace import Matrices, Ritz, Subspace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_STOP = 0.9
+"""The estimated residual must be this far below the tolerance, so that the true one is below it too."""
+
+_GUARD_TOL = 0.1
+"""Relative residual at which a pair beyond those asked for is known well enough."""
+
+_CHECK_EVERY = 4
+"""Products between two looks at the Ritz pairs where a look is not free."""
+
+_WARM_LEAK = 2.0
+"""Times the tolerance: how far the old eigenvectors may have turned to be corrected one by one."""
+
+_WARM_ROUNDS = 4
+"""Corrections after which that has failed and Lanczos takes over."""
+
+
+def lanczos_eigenpairs(
+    matvec: Callable[[Tensor, Tensor], Tensor],
+    size: int,
+    k: int,
+    *,
+    n_problems: int = 1,
+    which: Which = "magnitude",
+    tol: float = 1e-3,
+    max_matvec: int | None = None,
+    max_seconds: float = math.inf,
+    max_basis: int | None = None,
+    guard: int = 1,
+    probe_steps: int = 8,
+    start: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    name: str = "matrix",
+) -> Eigenpairs:
+    r"""Solve symmetric matrices through products, by thick-restart Lanczos.
+
+    Single-vector Lanczos with full reorthogonalisation: a basis V of the Krylov
+    space, the projected matrix :math:`V^T A V` in float64, a restart from the best
+    Ritz vectors when the basis is full (Wu and Simon 2000, "Thick-restart Lanczos
+    method for large symmetric eigenvalue problems"), a stop once the Ritz residuals
+    of the pairs asked for are below the tolerance. When the Krylov space is
+    exhausted a random orthogonal vector continues it. The products A V are kept:
+    the residuals returned are :math:`A V s - \lambda V s`, of real products, and
+    cost no further one.
+
+    Small residuals do not prove that the pairs are the top k: one can be skipped, above
+    all in a cluster. Two things guard against it. A pair more than asked for must be
+    found too, to a residual of 0.1. And, since a single vector cannot see a second copy
+    of a multiple eigenvalue, the found set is probed: some steps from a random vector
+    orthogonal to it, and on with the search if a Ritz value displaces one of the set. A
+    skipped member of a dense cluster can still be missed, and is less likely so with a
+    smaller tolerance.
+
+    Parameters
+    ----------
+    matvec
+        ``matvec(vectors, problems)`` returns the products of vectors, shape (n, p),
+        with the matrices of indices ``problems``, shape (n,), each in
+        ``range(n_problems)``. An index can occur more than once.
+    size
+        Dimension p.
+    k
+        Number of eigenpairs, 1 to p.
+    n_problems
+        Number of independent matrices, solved in lockstep.
+    which
+        Which eigenvalues.
+    tol
+        Relative residual to reach.
+    max_matvec
+        Products allowed for each matrix; default ``40 k + 200``.
+    max_seconds
+        Time allowed. What is found by then depends on the machine.
+    max_basis
+        Basis vectors kept before a restart; default ``max(3 k + 2, 20)``. Memory is
+        ``n_problems * (2 * max_basis + 1) * p`` numbers.
+    guard
+        Pairs beyond k that must be found before the search stops.
+    probe_steps
+        Steps of the probe; 0 leaves it out.
+    start
+        Vectors near the eigenvectors, shape (n_problems, s, p): those of the matrix some
+        training steps before. One product with their sum tells how far they turned. If
+        little, all are multiplied and their residuals too (Davidson), some k products and
+        no other pair is looked for, so solve without a start now and then. If much, their
+        sum is the start vector of a search, a third of which it saves.
+    dtype, device
+        Of the vectors.
+    seed
+        Seed of the random vectors; the global RNG is neither read nor moved.
+    name
+        Name in error messages.
+
+    Returns
+    -------
+    Eigenpairs
+        Of batch shape (n_problems,). Where the budget ran out the best Ritz pairs
+        come back, not flagged converged unless their true residuals say so.
+
+    Raises
+    ------
+    NonFiniteCurvatureError
+        If a product holds NaN or infinity.
+    ValueError
+        If k, the budget, the basis size or the shape of ``start`` is out of range.
+
+    Examples
+    --------
+    >>> matrix = torch.diag(torch.arange(100.0))
+    >>> pairs = lanczos_eigenpairs(lambda vectors, problems: vectors @ matrix, 100, 2, tol=1e-5)
+    >>> pairs.eigenvalues.round(decimals=3), bool(pairs.converged.all())
+    (tensor([[99., 98.]], dtype=torch.float64), True)
+    >>> again = lanczos_eigenpairs(
+    ...     lambda vectors, problems: vectors @ matrix, 100, 2, tol=1e-4, start=pairs.eigenvectors
+    ... )
+    >>> int(again.n_matvec)
+    2
+    """
+    check_arguments(size, k, tol)
+    ranking(torch.zeros(1), which)
+    budget = 40 * k + 200 if max_matvec is None else max_matvec
+    wanted = min(k + guard, size)
+    if budget < wanted + 1:
+        raise ValueError(
+            f"max_matvec={budget} is too small for k={k}: a search takes more than {wanted} products, so "
+            f"allow at least {wanted + 1}"
+        )
+    basis_size = min(size, max(3 * k + 2, 20) if max_basis is None else max_basis)
+    if basis_size < min(size, wanted + 2):
+        raise ValueError(
+            f"max_basis={max_basis} is too small for k={k}: allow at least {wanted + 2}, better 3 k"
+        )
+    if start is not None and (
+        start.ndim != 3 or start.shape[::2] != (n_problems, size) or start.shape[1] < 1
+    ):
+        raise ValueError(
+            f"start holds vectors for each matrix: expected shape ({n_problems}, s, {size}), got "
+            f"{tuple(start.shape)}"
+        )
+    matrices = Matrices(matvec, size, dtype, torch.device(device), name, seed)
+    deadline = time.monotonic() + max_seconds
+    search = _Search(k, wanted, which, tol, budget, deadline, basis_size, probe_steps)
+    return search.run(Subspace(matrices, torch.arange(n_problems), basis_size), start)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The settings of a solve, and its phases: start, search, probe, residuals."""
+
+    k: int
+    wanted: int
+    which: Which
+    tol: float
+    budget: int
+    deadline: float
+    capacity: int
+    probe_steps: int
+
+    def run(self, space: Subspace, start: Tensor | None) -> Eigenpairs:
+        if start is not None:
+            return self.certify(self.warm(space, start.to(space.vectors)))
+        space.aim_randomly()
+        space = self.until_found(space, min_steps=0)
+        pending = torch.ones(len(space.problems), dtype=torch.bool)
+        while self.probe_steps and not space.exhausted and time.monotonic() < self.deadline:
+            # Probe all whose search was not cut short; those that change are probed again.
+            pending = pending & (space.count + self.probe_steps <= self.budget)
+            if not bool(pending.any()):
+                break
+            before = space.projected.diagonal(dim1=1, dim2=2).clone()
+            parts = [] if bool(pending.all()) else [space.select(~pending)]
+            probed = space.select(pending)
+            probed.aim_randomly()
+            space = Subspace.joined([*parts, self.until_found(probed, self.probe_steps)], self.capacity)
+            moved = (space.projected.diagonal(dim1=1, dim2=2) - before)[:, : self.wanted].abs().amax(-1)
+            pending = pending & (moved > self.tol * space.scale)
+        return self.certify(space)
+
+    def warm(self, space: Subspace, start: Tensor) -> Subspace:
+        """Begin with vectors that were eigenvectors a moment ago."""
+        space.aim(start.sum(1))
+        space.extend()
+        turned = self.leak(space, start) > _WARM_LEAK * self.tol
+        if not self.k <= start.shape[1] <= min(self.capacity, self.budget):
+            turned[:] = True
+        parts = []
+        if bool(turned.any()):
+            parts.append(self.best(self.until_found(space.select(turned), min_steps=0)))
+        if not bool(turned.all()):
+            near = start[~turned.to(start.device)]
+            parts.extend(map(self.best, self.corrected(space.select(~turned), near)))
+        return Subspace.joined(parts, self.capacity)
+
+    def best(self, space: Subspace) -> Subspace:
+        """Keep the k pairs asked for."""
+        space.restart(space.ritz(self.which), self.k)
+        return space
+
+    @staticmethod
+    def leak(space: Subspace, start: Tensor) -> Tensor:
+        """Return how much of the newest product lies outside the span of the start vectors, shape (n,)."""
+        product = space.products[:, space.filled - 1, :, None]
+        basis = torch.linalg.qr(start.mT)[0]
+        rest = torch.linalg.vector_norm(product - basis @ (basis.mT @ product), dim=(1, 2))
+        leak: Tensor = rest / torch.linalg.vector_norm(product, dim=(1, 2)).clamp(min=1e-30)
+        return leak.cpu()
+
+    def corrected(self, space: Subspace, start: Tensor) -> list[Subspace]:
+        """Multiply all start vectors, and the residuals of those that are not good enough, until all are."""
+        finished: list[Subspace] = []
+        if start.shape[1] > 1:
+            space.append(start[:, 1:])  # with their sum they span the same space
+        for _ in range(_WARM_ROUNDS):
+            ritz = space.ritz(self.which)
+            large = space.residuals(ritz, self.k) > self.allowed(space, ritz)[:, : self.k]
+            pairs = large.any(0).nonzero()[:, 0].tolist()
+            no_budget = self.is_cut_short(space) or int(space.count.max()) + len(pairs) > self.budget
+            done = ~large.any(1) | space.exhausted | no_budget
+            if bool(done.any()):
+                found = space.select(done)
+                found.restart(ritz.select(done), self.k)
+                finished.append(found)
+                if bool(done.all()):
+                    return finished
+                found.trimmed()
+                space, ritz = space.select(~done), ritz.select(~done)
+            room = min(self.capacity, space.matrices.size)
+            if space.filled + len(pairs) > room:
+                space.restart(ritz, max(self.k, room - len(pairs)))
+                ritz = space.ritz(self.which)
+            space.append(space.residual_vectors(ritz, pairs[: room - space.filled]))
+        space.restart(space.ritz(self.which), self.k)
+        sums = space.vectors[:, : self.k].sum(1)
+        space.filled = 0
+        space.projected.zero_()
+        space.aim(sums)
+        return [*finished, self.until_found(space, min_steps=0)]
+
+    def allowed(self, space: Subspace, ritz: Ritz) -> Tensor:
+        """Return the residual at which each wanted pair is good enough, shape (n, wanted)."""
+        scale = torch.maximum(space.scale, ritz.eigenvalues.abs().amax(-1))
+        own = own_scale(ritz.eigenvalues[:, : self.wanted], scale[:, None])
+        own[:, : self.k] *= _STOP * self.tol
+        own[:, self.k :] *= max(_GUARD_TOL, _STOP * self.tol)
+        return own
+
+    def until_found(self, space: Subspace, min_steps: int) -> Subspace:
+        """Extend until every problem is done; keep its best Ritz vectors."""
+        finished: list[Subspace] = []
+        steps = 0
+        while True:
+            if self.is_time_to_look(space, steps, min_steps):
+                ritz = space.ritz(self.which)
+                done = self.is_found(space, ritz) & (steps >= min_steps)
+                done = done | space.exhausted | self.is_cut_short(space)
+                if bool(done.any()):
+                    found = space.select(done)
+                    found.restart(ritz.select(done), self.wanted)
+                    if bool(done.all()):
+                        return Subspace.joined([*finished, found], self.capacity)
+                    finished.append(found.trimmed())
+                    space, ritz = space.select(~done), ritz.select(~done)
+                if space.full:
+                    space.restart(ritz, self.wanted + (self.capacity - self.wanted) // 2)
+            space.extend()
+            steps += 1
+
+    def is_cut_short(self, space: Subspace) -> bool:
+        return int(space.count.max()) >= self.budget or time.monotonic() >= self.deadline
+
+    def is_time_to_look(self, space: Subspace, steps: int, min_steps: int) -> bool:
+        if space.filled < self.wanted:
+            return False
+        if space.full or space.exhausted or self.is_cut_short(space):
+            return True
+        free = space.follows_recurrence and len(space.problems) == 1
+        return steps >= min_steps and (free or (steps - min_steps) % _CHECK_EVERY == 0)
+
+    def is_found(self, space: Subspace, ritz: Ritz) -> Tensor:
+        """Whether all wanted pairs of each problem are good enough, shape (n,)."""
+        known = space.follows_recurrence
+        norms = ritz.estimates[:, : self.wanted] if known else space.residuals(ritz, self.wanted)
+        return (norms <= self.allowed(space, ritz)).all(-1)
+
+    def certify(self, space: Subspace) -> Eigenpairs:
+        """Return the pairs with the residuals of the products kept."""
+        ritz = space.ritz(self.which)
+        norms = space.residuals(ritz, self.k)
+        space.restart(ritz, self.k)
+        vectors = space.vectors[:, : self.k].clone()  # a copy, so that the basis goes
+        return certified(ritz.eigenvalues[:, : self.k], vectors, norms, space.scale, self.tol, space.count)

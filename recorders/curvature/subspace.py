@@ -1,0 +1,312 @@
+"""An orthonormal basis whose products with the matrix are known: the ground of iterative eigensolvers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
+from hild_xr.recorders.curvature.pairs import Which, ranking
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# Shrinking to 0.7 of the length calls for another Gram-Schmidt pass ("twice is enough", Giraud et al. 2005).
+# A laxer bound saves nothing: what one pass leaves grows with every restart until the basis is no basis and
+# the Ritz values are made up, also in float64 at a loose tolerance.
+_CANCELLATION = 0.7
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A batch of symmetric matrices that are known by their products.
+
+    Parameters
+    ----------
+    matvec
+        ``matvec(vectors, problems)`` multiplies vectors (n, p) with the matrices of indices problems (n,).
+    size
+        Dimension p.
+    dtype, device
+        Of the vectors.
+    name
+        Name in error messages.
+    seed
+        Seed of random vectors.
+    """
+
+    matvec: Callable[[Tensor, Tensor], Tensor]
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    name: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        # Random numbers are drawn on the CPU, so that every device starts from the same vectors.
+        object.__setattr__(self, "_generator", torch.Generator().manual_seed(self.seed))
+
+    def product(self, vectors: Tensor, problems: Tensor) -> Tensor:
+        """Multiply; raise a NonFiniteCurvatureError for NaN or infinity."""
+        products = self.matvec(vectors, problems.to(vectors.device))
+        if not bool(torch.linalg.vector_norm(products, dim=-1).isfinite().all()):
+            raise NonFiniteCurvatureError(self.name, "a product")
+        return products
+
+    def random(self, n: int) -> Tensor:
+        """Return n random vectors."""
+        generator: torch.Generator = self._generator  # type: ignore[attr-defined]
+        return torch.randn(n, self.size, generator=generator, dtype=self.dtype).to(self.device)
+
+
+@dataclass
+class Ritz:
+    """Ritz values in the order asked for, and the coefficients of the vectors; small, on the CPU.
+
+    Parameters
+    ----------
+    eigenvalues
+        Shape (n, filled).
+    coefficients
+        Shape (n, filled, filled); row i belongs to value i.
+    estimates
+        Shape (n, filled): norms of the residuals by the recurrence of Lanczos.
+    """
+
+    eigenvalues: Tensor
+    coefficients: Tensor
+    estimates: Tensor
+
+    def select(self, mask: Tensor) -> Ritz:
+        """Keep the problems of a mask."""
+        return Ritz(self.eigenvalues[mask], self.coefficients[mask], self.estimates[mask])
+
+
+class Subspace:
+    """Orthonormal bases V of equal length for a batch of problems, with A V and V^T A V.
+
+    The products are kept, so that the residual of any Ritz pair is known from real
+    products without another one, and a search can go on in any direction: of the
+    recurrence (Lanczos), of residuals (Davidson), of random or given vectors.
+
+    Parameters
+    ----------
+    matrices
+        The matrices.
+    problems
+        Indices of those that this one is for, shape (n,), on the CPU.
+    capacity
+        Vectors that it can hold.
+    """
+
+    def __init__(self, matrices: Matrices, problems: Tensor, capacity: int) -> None:
+        n, size = len(problems), matrices.size
+        dtype, device = matrices.dtype, matrices.device
+        self.matrices, self.problems, self.capacity, self.filled = matrices, problems, capacity, 0
+        # one more than the products: the next vector to be multiplied
+        self.vectors = torch.empty(n, capacity + 1, size, dtype=dtype, device=device)
+        self.products = torch.empty(n, capacity, size, dtype=dtype, device=device)
+        self.projected = torch.zeros(n, capacity, capacity, dtype=torch.float64)
+        self.next_norm = torch.zeros(n, dtype=torch.float64)
+        self.scale = torch.zeros(n, dtype=torch.float64)
+        self.count = torch.zeros(n, dtype=torch.int64)
+        self.follows_recurrence = True
+
+    @property
+    def full(self) -> bool:
+        """Whether the basis has no room for another product."""
+        return self.filled == self.capacity
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return self.filled == self.matrices.size
+
+    def aim(self, directions: Tensor) -> None:
+        """Go on with given directions (n, p), orthogonalised; a random one for those that vanish."""
+        before = torch.linalg.vector_norm(directions, dim=-1).to("cpu", torch.float64)
+        rest, _, after = self._orthogonalised(directions, before)
+        vanish = ~(after > 1e-3 * before)
+        self.vectors[:, self.filled] = rest / torch.where(vanish, 1.0, after).to(rest)[:, None]
+        self._aim_randomly(vanish)
+        self.follows_recurrence = self.filled == 0
+
+    def aim_randomly(self) -> None:
+        """Go on with random vectors orthogonal to the basis."""
+        self._aim_randomly(torch.ones(len(self.problems), dtype=torch.bool))
+        self.follows_recurrence = self.filled == 0
+
+    def extend(self) -> None:
+        """Multiply the next vector; what is new in the product is the next one."""
+        j = self.filled
+        product = self.matrices.product(self.vectors[:, j], self.problems)
+        self.products[:, j] = product
+        self.filled, self.count = j + 1, self.count + 1
+        before = torch.linalg.vector_norm(product, dim=-1).to("cpu", torch.float64)
+        self.scale = torch.maximum(self.scale, before)
+        rest, coefficients, after = self._orthogonalised(product, before)
+        self.projected[:, : j + 1, j] = coefficients
+        self.projected[:, j, : j + 1] = coefficients
+        # Below this the direction is rounding noise of the product: the Krylov space is exhausted.
+        noise = 50 * torch.finfo(product.dtype).eps * self.scale
+        vanish = after <= noise
+        self.next_norm = torch.where(vanish, 0.0, after)
+        if self.exhausted:
+            return
+        self.vectors[:, j + 1] = rest / torch.where(vanish, 1.0, after).to(rest)[:, None]
+        self._aim_randomly(vanish)
+
+    def append(self, directions: Tensor) -> None:
+        """Take several directions (n, b, p) into the basis and multiply them at once; none is next then."""
+        n, b, size = directions.shape
+        new = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True).clamp(min=1e-300)
+        for _ in range(2):
+            if self.filled:
+                new = new - (new @ self.vectors[:, : self.filled].mT) @ self.vectors[:, : self.filled]
+            new = torch.linalg.qr(new.mT)[0].mT
+        there = slice(self.filled, self.filled + b)
+        self.vectors[:, there] = new
+        products = self.matrices.product(new.reshape(n * b, size), self.problems.repeat_interleave(b))
+        self.products[:, there] = products.reshape(n, b, size)
+        self.filled, self.count = self.filled + b, self.count + b
+        columns = (self.vectors[:, : self.filled] @ self.products[:, there].mT).to("cpu", torch.float64)
+        self.projected[:, : self.filled, there] = columns
+        self.projected[:, there, : self.filled] = columns.mT
+        norms = torch.linalg.vector_norm(self.products[:, there], dim=-1).amax(-1)
+        self.scale = torch.maximum(self.scale, norms.to("cpu", torch.float64))
+        self.follows_recurrence = False
+
+    def ritz(self, which: Which) -> Ritz:
+        """Solve the projected problem."""
+        projected = self.projected[:, : self.filled, : self.filled]
+        eigenvalues, columns = torch.linalg.eigh((projected + projected.mT) / 2)
+        order = ranking(eigenvalues, which)
+        coefficients = columns.mT.gather(1, order[..., None].expand_as(columns))
+        estimates = (self.next_norm[:, None] * coefficients[..., -1]).abs()
+        return Ritz(eigenvalues.gather(1, order), coefficients, estimates)
+
+    def residuals(self, ritz: Ritz, n_pairs: int, chunk: int = 1 << 16) -> Tensor:
+        """Return the norms of ``A v - lambda v`` of the first Ritz pairs, shape (n, n_pairs)."""
+        coefficients = ritz.coefficients[:, :n_pairs].to(self.vectors)
+        eigenvalues = ritz.eigenvalues[:, :n_pairs, None].to(self.vectors)
+        squares = torch.zeros(coefficients.shape[:2], dtype=torch.float64, device=self.vectors.device)
+        for start in range(0, self.matrices.size, chunk):
+            there = (slice(None), slice(self.filled), slice(start, start + chunk))
+            parts = coefficients @ self.products[there] - eigenvalues * (coefficients @ self.vectors[there])
+            squares += parts.square().sum(-1, dtype=torch.float64)
+        return squares.sqrt().cpu()
+
+    def residual_vectors(self, ritz: Ritz, pairs: Sequence[int]) -> Tensor:
+        """Return ``A v - lambda v`` of some Ritz pairs, shape (n, pairs, p)."""
+        chosen = list(pairs)
+        coefficients = ritz.coefficients[:, chosen].to(self.vectors)
+        eigenvalues = ritz.eigenvalues[:, chosen, None].to(self.vectors)
+        basis, products = self.vectors[:, : self.filled], self.products[:, : self.filled]
+        residuals: Tensor = coefficients @ products - eigenvalues * (coefficients @ basis)
+        return residuals
+
+    def restart(self, ritz: Ritz, keep: int) -> None:
+        """Keep the best Ritz vectors; the next vector stays the next."""
+        coefficients = ritz.coefficients[:, :keep].to(self.vectors)
+        newest = None if self.exhausted else self.vectors[:, self.filled].clone()
+        rotate_in_place(self.vectors, coefficients, self.filled)
+        rotate_in_place(self.products, coefficients, self.filled)
+        if newest is not None:
+            self.vectors[:, keep] = newest
+        self.projected.zero_()
+        self.projected[:, :keep, :keep] = torch.diag_embed(ritz.eigenvalues[:, :keep])
+        self.scale = torch.maximum(self.scale, ritz.eigenvalues.abs().amax(-1))
+        self.filled = keep
+
+    def select(self, mask: Tensor) -> Self:
+        """Return the problems of a mask; all of them without a copy."""
+        if bool(mask.all()):
+            return self
+        chosen = object.__new__(type(self))
+        chosen.matrices, chosen.capacity, chosen.filled = self.matrices, self.capacity, self.filled
+        chosen.follows_recurrence = self.follows_recurrence
+        for name in ("problems", "projected", "next_norm", "scale", "count"):
+            setattr(chosen, name, getattr(self, name)[mask])
+        there = mask.to(self.vectors.device)
+        chosen.vectors, chosen.products = self.vectors[there], self.products[there]
+        return chosen
+
+    def trimmed(self) -> Self:
+        """Let go of the memory beyond what is filled, where this is one of several parts."""
+        self.vectors = self.vectors[:, : self.filled + 1].clone()
+        self.products = self.products[:, : self.filled].clone()
+        return self
+
+    @classmethod
+    def joined(cls, parts: Sequence[Subspace], capacity: int) -> Subspace:
+        """Join problems whose bases are equally long, in their order; one part alone is not copied."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.cat([part.problems for part in parts]).argsort()
+        filled = parts[0].filled
+        whole = Subspace(parts[0].matrices, torch.cat([part.problems for part in parts])[order], capacity)
+        whole.filled, whole.follows_recurrence = filled, False
+        for name in ("projected", "next_norm", "scale", "count"):
+            setattr(whole, name, torch.cat([getattr(part, name) for part in parts])[order])
+        there = order.to(whole.vectors.device)
+        whole.vectors[:, :filled] = torch.cat([part.vectors[:, :filled] for part in parts])[there]
+        whole.products[:, :filled] = torch.cat([part.products[:, :filled] for part in parts])[there]
+        return whole
+
+    def _orthogonalised(self, vector: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project the basis out of vectors; also return the coefficients and the norms left."""
+        total = torch.zeros(len(vector), self.filled, dtype=torch.float64)
+        if self.filled > 2 and self.follows_recurrence:
+            # In exact arithmetic Lanczos leaves the two newest alone. Once they are out, one pass over the
+            # whole basis is enough most of the time.
+            newest = slice(self.filled - 2, self.filled)
+            vector = self._projected_out(vector, newest, total)
+            before = torch.linalg.vector_norm(vector, dim=-1).to("cpu", torch.float64)
+        after = before
+        for _ in range(3 if self.filled else 0):
+            vector = self._projected_out(vector, slice(self.filled), total)
+            after = torch.linalg.vector_norm(vector, dim=-1).to("cpu", torch.float64)
+            if bool((after > _CANCELLATION * before).all()):
+                break
+            before = after
+        return vector, total, after
+
+    def _projected_out(self, vector: Tensor, which: slice, total: Tensor) -> Tensor:
+        basis = self.vectors[:, which]
+        coefficients = torch.bmm(basis, vector[:, :, None])
+        total[:, which] += coefficients[:, :, 0].to("cpu", torch.float64)
+        return torch.baddbmm(vector[:, :, None], basis.mT, coefficients, alpha=-1)[:, :, 0]
+
+    def _aim_randomly(self, where: Tensor) -> None:
+        """Put random unit vectors orthogonal to the basis after it, in the problems of the mask."""
+        if not bool(where.any()):
+            return
+        there = where.to(self.vectors.device)
+        basis = self.vectors[there, : self.filled]
+        vector = self.matrices.random(int(where.sum()))
+        for _ in range(3):
+            vector = vector - (basis.mT @ (basis @ vector[:, :, None]))[:, :, 0]
+            vector = vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+        self.vectors[there, self.filled] = vector
+
+
+def rotate_in_place(vectors: Tensor, coefficients: Tensor, length: int, chunk: int = 1 << 16) -> None:
+    """Replace the first rows of ``vectors`` (n, m, p) by combinations of its first ``length`` rows.
+
+    ``coefficients`` has shape (n, r, length) with r <= length. Columns are done in
+    chunks, so no second basis is held.
+
+    Examples
+    --------
+    >>> vectors = torch.eye(2)[None].clone()
+    >>> rotate_in_place(vectors, torch.tensor([[[0.0, 1.0]]]), 2)
+    >>> vectors[0, 0]
+    tensor([0., 1.])
+    """
+    rows, size = coefficients.shape[1], vectors.shape[2]
+    for start in range(0, size, chunk):
+        part = slice(start, start + chunk)
+        vectors[:, :rows, part] = coefficients @ vectors[:, :length, part]
