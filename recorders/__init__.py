@@ -18,6 +18,11 @@ from hild_xr.recorders.curvature import NonFiniteCurvatureError
 from hild_xr.recorders.ensemble import EnsembleRecorder
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes import (
+    Density,
+    Diagonal,
+    Fisher,
+    FrobeniusNorm,
+    GaussNewton,
     GMatrix,
     Gradient,
     Hessian,
@@ -25,6 +30,7 @@ from hild_xr.recorders.probes import (
     OutOfRangeWarning,
     Probe,
     Snapshot,
+    Trace,
     Weights,
 )
 from hild_xr.recorders.recorder import Estimate, NonFiniteRecordWarning, Recorder
@@ -32,9 +38,14 @@ from hild_xr.recorders.schedule import Schedule, at, every, log_spaced, log_then
 from hild_xr.sketch import JohnsonLindenstrauss
 
 __all__ = [
+    "Density",
+    "Diagonal",
     "EnsembleRecorder",
     "Estimate",
+    "Fisher",
+    "FrobeniusNorm",
     "GMatrix",
+    "GaussNewton",
     "Gradient",
     "Hessian",
     "JohnsonLindenstrauss",
@@ -47,6 +58,7 @@ __all__ = [
     "Recorder",
     "Schedule",
     "Snapshot",
+    "Trace",
     "Weights",
     "at",
     "curvature",

@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from pydantic import JsonValue
@@ -30,7 +31,12 @@ from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot
 from hild_xr.recorders.schedule import Schedule
 from hild_xr.recorders.wrappers import check_whole, unwrapped_optimizer
-from hild_xr.store import RunWriter, StoreError, StoreLike, check_space
+from hild_xr.store import RunWriter, StoreError, StoreLike, check_space, open_run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import xarray as xr
+    from numpy.typing import NDArray
 
 logger = logging.getLogger("hild_xr")
 
@@ -338,6 +344,8 @@ class Recorder:
             unit="record",
             disable=not self._show_progress,
         )
+        if self._resume:
+            self._resume_probes()
         writer = self._live_writer()
         # a resume begins at a step that may be recorded already
         due = [probe for probe in self._due() if not writer.holds(probe.group, self.current_step)]
@@ -347,6 +355,28 @@ class Recorder:
             self._put(probe, copied)
         self._attach()
         atexit.register(self.close)
+
+    def _resume_probes(self) -> None:
+        """Give the probes what the last records before the checkpoint hold."""
+        writer, run = self._live_writer(), open_run(self._path)
+        for probe in self._probes:
+            steps = [s for s in self._steps(probe).steps if s <= self.current_step]
+            steps = [s for s in steps if writer.holds(probe.group, s)]
+            if steps:
+                probe.resume(len(steps), partial(self._stored, run, probe.group, steps[-1]))
+
+    def _stored(
+        self, run: xr.DataTree, group: str, step: int, node: str, array: str
+    ) -> NDArray[np.generic] | None:
+        """Read one array of one record of this seed; None if it was not recorded."""
+        try:
+            records = run[f"{group}/{node}" if node else group].to_dataset()[array]
+            record = records.sel(seed=self._seed, step=step)
+        except KeyError:
+            return None
+        # in this thread: a forked child has none of dask's
+        values: NDArray[np.generic] = record.compute(scheduler="synchronous").to_numpy()
+        return values.copy()
 
     def _attach(self) -> None:
         if self._optimizers:

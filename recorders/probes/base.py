@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import nn
 
@@ -94,6 +97,18 @@ class Probe(ABC):
         """Return settings that a reader of the group needs, for its attributes."""
         del objective
         return {}
+
+    def resume(self, n_records: int, last: Callable[[str, str], NDArray[np.generic] | None]) -> None:
+        """Take up what this probe remembers from record to record, before a resumed run goes on.
+
+        Parameters
+        ----------
+        n_records
+            Records that the schedule has up to here.
+        last
+            ``last(node, array)`` reads what the last of them holds; None if it is not stored.
+        """
+        del n_records, last
 
     @abstractmethod
     def record(self, snapshot: Snapshot) -> NodeValues:

@@ -1,57 +1,74 @@
-"""Probes of curvature spectra: leading eigenpairs of the Hessian and of the G-matrix, block by block."""
+"""Probes of curvature spectra: leading eigenpairs of the Hessian and its kin, block by block."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from pydantic import JsonValue
 from torch import nn
 
 from hild_xr.plan import OWN_NODE, ArrayPlan, CoordPlan, NodePlan
-from hild_xr.recorders.curvature import Block, BlockKind, BlockSpectrum, check_k, resolve_blocks
-from hild_xr.recorders.host_copy import numpy_dtype, to_numpy
-from hild_xr.recorders.layers import layer_dims
+from hild_xr.recorders.curvature import (
+    Block,
+    BlockKind,
+    BlockSpectrum,
+    MatrixChoice,
+    Which,
+    check_k,
+    resolve_blocks,
+)
+from hild_xr.recorders.curvature.blocks import Groups, as_planned
+from hild_xr.recorders.host_copy import to_numpy
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot
+from hild_xr.recorders.probes.layout import block_dims, block_precision, flat_attrs
+from hild_xr.recorders.probes.settings import group_name, matrix_attrs, matrix_name
 from hild_xr.recorders.probes.sketching import SketchOption, VectorLayout, as_family, vector_layout
 from hild_xr.recorders.schedule import Schedule
 from hild_xr.variables import DIM_EIG, DIM_LAYER, DIM_PARAM
 
-Which = Literal["magnitude", "largest", "smallest"]
+COLD_EVERY = 10
+"""Records from one search that begins at random to the next, by default."""
 
 _SCALARS = ("n_matvec", "trace")
 _PER_PAIR = ("eigenvalues", "residuals", "converged")
 
 
-class _Spectrum(Probe):
-    """What :class:`Hessian` and :class:`GMatrix` share; they differ in the matrix."""
+class Spectrum(Probe):
+    """What the probes of spectra share; they differ in the matrix, which a subclass sets."""
 
     needs_objective = True
-    matrix: Literal["hessian", "gmatrix"]
+    matrix: MatrixChoice
 
     def __init__(
         self,
         k: int,
         *,
-        blocks: BlockKind = "layer",
+        blocks: BlockKind | Groups = "layer",
         layers: Sequence[str] | None = None,
         which: Which = "magnitude",
         tol: float = 1e-3,
         max_matvec: int | None = None,
+        dense_up_to: int | None = None,
         matrix_up_to: int = 0,
+        cold_every: int = COLD_EVERY,
         sketch: SketchOption = None,
         schedule: Schedule | None = None,
         group: str | None = None,
+        include_regularizer: bool | None = None,
     ) -> None:
-        default = self.matrix if blocks == "layer" else f"{self.matrix}_{blocks}"
+        if cold_every < 1:
+            raise ValueError(f"cold_every counts records from one fresh search to the next; got {cold_every}")
+        default = group_name(matrix_name(self.matrix), blocks)
         super().__init__(default if group is None else group, schedule)
+        self.include_regularizer = include_regularizer
         self.k, self.blocks, self.layers, self.which = k, blocks, layers, which
         self.tol, self.max_matvec, self.matrix_up_to = tol, max_matvec, matrix_up_to
+        self.dense_up_to, self.cold_every = dense_up_to, cold_every
         self.sketch = as_family(sketch)
         if self.sketch is not None and self.sketch.m < 2 * k:
             raise ValueError(
@@ -61,21 +78,24 @@ class _Spectrum(Probe):
 
     def attrs(self, objective: Objective | None) -> dict[str, JsonValue]:
         """Return settings that a reader of the group needs: what matrix, of which data, how exact."""
-        return {
-            "matrix": self.matrix,
-            "blocks": self.blocks,
+        attrs: dict[str, JsonValue] = {
+            **matrix_attrs(self.matrix, self.blocks, objective, self.include_regularizer),
             "k": self.k,
             "which": self.which,
             "tolerance": self.tol,
-            "samples": None if objective is None else len(objective),
-            "regularizer": 0.0 if objective is None else objective.l2,
         }
+        # left out where they are the default, so that runs recorded before can be resumed
+        if self.cold_every != COLD_EVERY:
+            attrs["cold_every"] = self.cold_every
+        return attrs if self.dense_up_to is None else {**attrs, "dense_up_to": self.dense_up_to}
 
     def plan(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, objective: Objective | None
     ) -> dict[str, NodePlan]:
         """Plan the nodes; rows carry their eigenvalues themselves, other blocks share one array."""
         del optimizer, objective
+        self._n_records: int = 0
+        self._earlier: dict[str, torch.Tensor] = {}
         self._blocks = resolve_blocks(model, self.blocks, self.layers)
         check_k(self._blocks, self.k)
         eig = CoordPlan(dim=DIM_EIG, values=tuple(range(self.k)))
@@ -85,15 +105,25 @@ class _Spectrum(Probe):
             return {OWN_NODE: NodePlan(coords={DIM_EIG: eig}), **nodes}
         labels = tuple(block.label for block in self._blocks)
         own = NodePlan(
-            arrays=self._numbers((DIM_LAYER,), (len(labels),), _precision(model, self._blocks)),
+            arrays=self._numbers((DIM_LAYER,), (len(labels),), block_precision(model, self._blocks)),
             coords={DIM_LAYER: CoordPlan(dim=DIM_LAYER, values=labels), DIM_EIG: eig},
         )
         return {OWN_NODE: own, **nodes}
 
+    def resume(self, n_records: int, last: Callable[[str, str], NDArray[np.generic] | None]) -> None:
+        """Go on from the eigenvectors that are stored, as if there had been no interruption."""
+        self._n_records = n_records
+        for block in self._blocks:
+            # sketches are no eigenvectors: with them the next search is a fresh one
+            whole = self._layouts[block.label].sketch is None
+            vectors = last(block.label, "eigenvectors") if whole else None
+            if vectors is not None:
+                self._earlier[block.label] = torch.from_numpy(vectors)
+
     def record(self, snapshot: Snapshot) -> NodeValues:
         """Solve all blocks; one whose parameters were frozen or unfrozen since planning is missing."""
         spectra = self._solve(
-            snapshot, [block for block in self._blocks if _as_planned(snapshot.model, block)]
+            snapshot, [block for block in self._blocks if as_planned(snapshot.model, block)]
         )
         nodes: dict[str, dict[str, ArrayLike | torch.Tensor]] = {}
         numbers: list[dict[str, ArrayLike]] = []
@@ -111,22 +141,37 @@ class _Spectrum(Probe):
         return {OWN_NODE: own, **nodes}
 
     def _solve(self, snapshot: Snapshot, blocks: Sequence[Block]) -> dict[str, BlockSpectrum]:
+        # forgotten before: whatever goes wrong, the next record begins with a fresh search
+        earlier, self._earlier = self._earlier, {}
+        is_cold = self._n_records % self.cold_every == 0
+        self._n_records += 1
         if not blocks:
             return {}
-        return snapshot.curvature.eigenpairs(
+        spectra = snapshot.curvature.eigenpairs(
             self.k,
             matrix=self.matrix,
-            blocks=self.blocks,
-            layers=None if self.blocks == "model" else [block.label for block in blocks],
+            blocks=blocks,
             which=self.which,
             tol=self.tol,
             max_matvec=self.max_matvec,
+            dense_up_to=self.dense_up_to,
             matrix_up_to=self.matrix_up_to,
-            **self._solver_options(),
+            include_regularizer=self.include_regularizer,
+            start=None if is_cold else earlier,
         )
+        if self.cold_every > 1:
+            self._earlier = {
+                # rounded as they are stored, so that a resumed run begins with the same ones
+                label: found.eigenvectors.to(self._stored_dtype(label))
+                for label, found in spectra.items()
+                if found.path in ("lanczos", "warm")
+            }
+        return spectra
 
-    def _solver_options(self) -> dict[str, bool]:
-        return {}
+    def _stored_dtype(self, label: str) -> torch.dtype:
+        name = self._nodes[label].arrays["eigenvectors"].dtype
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     def _numbers(self, dims: tuple[str, ...], shape: tuple[int, ...], precision: str) -> dict[str, ArrayPlan]:
         """Plan what is a number a pair or a block; floats in the precision that they were computed in."""
@@ -144,7 +189,7 @@ class _Spectrum(Probe):
     def _node(self, model: nn.Module, block: Block) -> NodePlan:
         layout = self._layouts[block.label]
         batch_dims = layout.batch_dims[:-1]
-        dtype = _precision(model, [block])
+        dtype = block_precision(model, [block])
         batch = block.batch_shape
         arrays = self._numbers(batch_dims, batch, dtype) if batch_dims else {}
         arrays["eigenvectors"] = ArrayPlan(
@@ -155,8 +200,8 @@ class _Spectrum(Probe):
             attrs={
                 **layout.attrs,
                 "number_dim": DIM_EIG,
-                "matrix": self.matrix,
-                **_layout(block),
+                "matrix": matrix_name(self.matrix),
+                **flat_attrs(block),
                 **self._orthonormality(layout),
             },
         )
@@ -166,17 +211,15 @@ class _Spectrum(Probe):
                 dims=(*batch_dims, DIM_PARAM, f"{DIM_PARAM}_"),
                 shape=(*batch, block.size, block.size),
                 dtype=dtype,
-                attrs={"matrix": self.matrix},
+                attrs={"matrix": matrix_name(self.matrix)},
             )
         return NodePlan(arrays=arrays)
 
     def _stored_as(self, model: nn.Module, block: Block) -> VectorLayout:
-        batch_dims, vector_dims = _block_dims(model, block, self.blocks)
+        batch_dims, vector_dims = block_dims(model, block)
         sizes = {block.label: block.size}
-        if block.kind == "model":
-            sizes = {
-                name: math.prod(shape) for name, shape in zip(block.parameters, block.shapes, strict=True)
-            }
+        if block.is_flat:
+            sizes = dict(zip(block.parameters, block.sizes, strict=True))
         return vector_layout(
             self.sketch,
             sizes,
@@ -192,11 +235,11 @@ class _Spectrum(Probe):
         return {"orthonormal_within": math.sqrt(self.k * (self.k + 1) / layout.sketch.m)}
 
 
-class Hessian(_Spectrum):
+class Hessian(Spectrum):
     r"""Record the leading eigenpairs of the Hessian of the objective, block by block.
 
-    The block of a layer, of each of its rows, or of the whole model of
-    :math:`\nabla^2 L(\theta)`, regulariser included, in eval mode on the
+    The block of a layer, of each of its rows, of a module, of any group of parameters or of the
+    whole model of :math:`\nabla^2 L(\theta)`, regulariser included, in eval mode on the
     objective's fixed data. Small blocks are solved densely, others by Lanczos.
 
     Parameters
@@ -206,17 +249,38 @@ class Hessian(_Spectrum):
     blocks
         ``"layer"``: one block a parameter tensor, into ``/hessian``.
         ``"rows"``: one block an output neuron or class, into ``/hessian_rows``.
+        ``"module"``: one block over the parameters that a module holds itself (weight and
+        bias), by its qualified name, into ``/hessian_module``.
         ``"model"``: one block over all trainable parameters, into ``/hessian_model``.
+        A mapping: one block a label over the parameters that it names, in full or by
+        patterns, as ``{"head": ["fc.*"]}``, into ``/hessian_groups``; they may overlap.
+        Eigenvectors of blocks over several tensors lie on a flat dim ``param``; their attrs
+        ``layers`` and ``layer_shapes`` say how, and
+        :func:`hild_xr.analysis.flatten_like` brings weights into the same order.
     layers
-        Qualified names; None for all trainable tensors (for rows: all with at least two dims).
+        Labels of the blocks to take (names of parameters, or of modules); None for all
+        trainable ones (for rows: all with at least two dims).
     which
-        ``"magnitude"``, ``"largest"`` or ``"smallest"`` eigenvalues.
+        ``"magnitude"``, ``"largest"`` or ``"smallest"`` eigenvalues, or ``"both"`` ends:
+        largest, smallest, second largest, and so on.
     tol
-        Relative residual below which an eigenpair counts as converged.
+        Relative residual below which an eigenpair counts as converged. The error of an
+        eigenvalue is at most its square over the relative gap, the angle of an eigenvector
+        at most the residual over the gap.
     max_matvec
         Budget of Hessian-vector products a block; None for the solver's own.
+    dense_up_to
+        Solve blocks of at most this many parameters as whole matrices, which misses no
+        eigenpair; None for the solver's own rule.
     matrix_up_to
         Keep the whole block as ``matrix`` where it has at most this many parameters.
+    cold_every
+        Of blocks solved through products, every so many records are searched from random
+        vectors. Those between begin with the eigenvectors of the record before, which takes
+        a quarter to two thirds of the products; an outlier that emerges from directions of
+        its own is found at the next fresh search at the latest. 1 searches afresh each time.
+        A resumed run goes on from the stored eigenvectors, bit for bit; where ``sketch``
+        keeps them from being stored, its first search is a fresh one.
     sketch
         Numbers m that stand for an eigenvector of more than m components, on the dim
         ``sketch`` (:mod:`hild_xr.sketch`), or a :class:`~hild_xr.sketch.JohnsonLindenstrauss`
@@ -227,66 +291,78 @@ class Hessian(_Spectrum):
         Steps of this probe; None for the recorder's.
     group
         Name of the group in the store, where the default is taken.
+    include_regularizer
+        Whether the l2 term takes part, by default it does.
 
     Raises
     ------
-    KeyError
-        When the recorder starts, if a layer is unknown; the nearest name is suggested.
     ValueError
-        When the recorder starts, if k exceeds the size of a block, or a layer is frozen.
-        At once, if ``sketch`` is below 2k.
+        When the recorder starts, if k exceeds the size of a block, a name or pattern is unknown
+        (the nearest name is suggested) or frozen, or a label can be no folder. At once,
+        if ``sketch`` is below 2k.
+    TypeError
+        At once, if ``blocks`` is neither a text nor a mapping.
 
     Examples
     --------
     >>> Hessian(k=4, blocks="rows").group
     'hessian_rows'
+    >>> Hessian(k=4, blocks={"body": ["encoder.*"], "head": ["fc.weight", "fc.bias"]}).group
+    'hessian_groups'
     """
 
     matrix = "hessian"
 
 
-class GMatrix(_Spectrum):
+class GMatrix(Spectrum):
     r"""Record the leading eigenpairs of the G-matrix, block by block.
 
-    :math:`G = \frac{1}{M}\sum_m \nabla \ell_m \nabla \ell_m^T`, the uncentred
-    second moment of per-sample gradients on the objective's fixed data
-    (arXiv 2310.03010).
+    :math:`G = \frac{1}{M}\sum_m \nabla \ell_m \nabla \ell_m^T`, the uncentred second moment of
+    per-sample gradients on the objective's fixed data (arXiv 2310.03010), or with ``centered``
+    their covariance :math:`\frac{1}{M}\sum_m (\nabla \ell_m - \bar g)(\nabla \ell_m - \bar g)^T`,
+    :math:`\bar g` the mean: the noise of the gradient.
 
     Parameters
     ----------
-    k, blocks, layers, which, tol, max_matvec, matrix_up_to, sketch, schedule, group
-        As for :class:`Hessian`; groups are ``/gmatrix``, ``/gmatrix_rows``, ``/gmatrix_model``.
+    k, blocks, layers, which, tol, max_matvec, dense_up_to, matrix_up_to, cold_every, sketch, schedule, group
+        As for :class:`Hessian`; groups are ``/gmatrix``, ``/gmatrix_rows``, ``/gmatrix_centered``
+        and so on.
     include_regularizer
-        Take the gradients of the regularised loss; by default those of the data part.
+        Take the gradients of the regularised loss; by default those of the data part. It makes no
+        difference to the centred matrix.
+    centered
+        Subtract the mean gradient.
 
     Raises
     ------
-    KeyError, ValueError
+    ValueError, TypeError
         As for :class:`Hessian`.
 
     Examples
     --------
-    >>> GMatrix(k=10).group
-    'gmatrix'
+    >>> GMatrix(k=10).group, GMatrix(k=10, centered=True).group
+    ('gmatrix', 'gmatrix_centered')
     """
-
-    matrix = "gmatrix"
 
     def __init__(
         self,
         k: int,
         *,
-        blocks: BlockKind = "layer",
+        blocks: BlockKind | Groups = "layer",
         layers: Sequence[str] | None = None,
         which: Which = "magnitude",
         tol: float = 1e-3,
         max_matvec: int | None = None,
+        dense_up_to: int | None = None,
         matrix_up_to: int = 0,
+        cold_every: int = COLD_EVERY,
         sketch: SketchOption = None,
         schedule: Schedule | None = None,
         group: str | None = None,
-        include_regularizer: bool = False,
+        include_regularizer: bool | None = None,
+        centered: bool = False,
     ) -> None:
+        self.matrix = "gmatrix_centered" if centered else "gmatrix"
         super().__init__(
             k,
             blocks=blocks,
@@ -294,54 +370,18 @@ class GMatrix(_Spectrum):
             which=which,
             tol=tol,
             max_matvec=max_matvec,
+            dense_up_to=dense_up_to,
             matrix_up_to=matrix_up_to,
+            cold_every=cold_every,
             sketch=sketch,
             schedule=schedule,
             group=group,
+            include_regularizer=include_regularizer,
         )
-        self.include_regularizer = include_regularizer
-
-    def attrs(self, objective: Objective | None) -> dict[str, JsonValue]:
-        """Return settings that a reader of the group needs; the regulariser is 0 where it is left out."""
-        shared = super().attrs(objective)
-        if not self.include_regularizer:
-            shared["regularizer"] = 0.0
-        return shared
-
-    def _solver_options(self) -> dict[str, bool]:
-        return {"include_regularizer": self.include_regularizer}
-
-
-def _block_dims(model: nn.Module, block: Block, blocks: BlockKind) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Dims that number the blocks of a layer, and dims of an eigenvector."""
-    if blocks == "model":
-        return (), (DIM_PARAM,)
-    dims = layer_dims(model)[block.label]
-    return (dims[:1], dims[1:]) if blocks == "rows" else ((), dims)
 
 
 def _missing(arrays: Mapping[str, ArrayPlan]) -> dict[str, ArrayLike]:
     return {name: array.missing() for name, array in arrays.items()}
-
-
-def _as_planned(model: nn.Module, block: Block) -> bool:
-    """Whether the same parameters require a gradient as at planning."""
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    held = set(block.parameters)
-    return held == trainable if block.kind == "model" else held <= trainable
-
-
-def _precision(model: nn.Module, blocks: Sequence[Block]) -> str:
-    parameters = dict(model.named_parameters())
-    names = [name for block in blocks for name in block.parameters]
-    return str(np.result_type(*(numpy_dtype(parameters[name]) for name in names)))
-
-
-def _layout(block: Block) -> dict[str, JsonValue]:
-    """How a flat vector is cut into tensors, for blocks over several of them."""
-    if block.kind != "model":
-        return {}
-    return {"layers": list(block.parameters), "layer_shapes": [list(shape) for shape in block.shapes]}
 
 
 def _numbers(found: BlockSpectrum) -> dict[str, ArrayLike]:

@@ -95,7 +95,7 @@ def test_killed_and_resumed_run__equals_an_uninterrupted_one_bit_for_bit(
     _train(experiment, whole)
     context, draw = multiprocessing.get_context("fork"), random.Random(0)
     for kill_at in (*sorted(draw.sample(range(10, STEPS - 10), 5)), None):
-        told = context.Value("i", -1)
+        told = context.Value("i", -1, lock=False)  # a killed child would hold the lock for ever
         child = context.Process(target=_train, args=(experiment, killed, told))
         child.start()
         while child.is_alive() and (kill_at is None or told.value < kill_at):
