@@ -7,11 +7,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python;
 	"$$python" -c '$(SUITS)' >/dev/null 2>&1 && echo "$$python" && break; done)
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PEERS_ARGS ?=
 
 VENV := .venv
 CORE_VENV := .venv-core
 READY := $(VENV)/.installed
 CORE_READY := $(CORE_VENV)/.installed
+PEERS_READY := $(VENV)/.peers-installed
 DECLARED := pyproject.toml constraints.txt requirements/oracles.txt
 
 # Editable, without build isolation: setuptools is pinned like everything else, and nothing else is fetched.
@@ -20,7 +22,7 @@ INSTALL_BUILD_TOOLS := $(PIP_INSTALL) --upgrade pip setuptools
 INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --editable
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test core-test lint types format bench lock clean
+.PHONY: help setup demo test core-test lint types format bench bench-peers lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,8 +54,11 @@ format: $(READY) ## format the code and apply the safe fixes
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-bench: $(READY) ## run the benchmarks, alone and on one thread
+bench: $(PEERS_READY) ## run the benchmarks, alone and on one thread
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(PYTEST_ARGS)
+
+bench-peers: $(PEERS_READY) ## print how long curvature takes here and in other packages; PEERS_ARGS="T1 --states M100" chooses
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.benchmarks.peer_table $(PEERS_ARGS)
 
 lock: $(READY) ## write what is installed now into constraints.txt
 	{ grep '^#' constraints.txt; $(VENV)/bin/python -m pip freeze --all --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
@@ -75,6 +80,12 @@ $(READY): $(DECLARED) | $(VENV)/bin/python
 	$(VENV)/bin/python $(INSTALL_BUILD_TOOLS)
 	$(VENV)/bin/python $(INSTALL_PACKAGE) '.[all,dev]'
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-warn-conflicts -r requirements/oracles.txt
+	@touch $@
+
+# Without their dependencies, as the oracles: torchvision, which is asked for and not used, brings a CUDA torch.
+PEERS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])
+$(PEERS_READY): $(READY)
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-warn-conflicts $$($(VENV)/bin/python -c '$(PEERS)')
 	@touch $@
 
 $(CORE_READY): $(DECLARED) | $(CORE_VENV)/bin/python
