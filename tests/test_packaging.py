@@ -172,7 +172,7 @@ def test_declared__is_every_package_that_a_module_imports(source: str) -> None:
     project = PYPROJECT["project"]
     lines = [*project["dependencies"]]
     for extra, requirements in project["optional-dependencies"].items():
-        if extra != "dev" and (extra != "test" or source == "hild_xr/testing.py"):
+        if extra not in ("bench", "dev") and (extra != "test" or source == "hild_xr/testing.py"):
             lines += requirements
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     imported = {
@@ -185,7 +185,7 @@ def test_declared__is_every_package_that_a_module_imports(source: str) -> None:
 def test_extra_all__brings_every_extra_that_adds_a_feature() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     (everything,) = map(Requirement, extras["all"])
-    assert everything.extras == set(extras) - {"all", "test", "dev"}
+    assert everything.extras == set(extras) - {"all", "bench", "test", "dev"}
 
 
 def test_constraints__pin_every_package_that_is_asked_for() -> None:
