@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 _STOP = 0.9
 """The estimated residual must be this far below the tolerance, so that the true one is below it too."""
 
-_GUARD_TOL = 0.1
-"""Relative residual at which a pair beyond those asked for is known well enough."""
+_GUARD_GAP = 0.2
+"""Residual, in gaps to the last pair asked for, at which a pair beyond is known well enough.
+
+It lies that near to an eigenvalue, so nothing on its way up past the last pair hides behind it.
+"""
 
 _CHECK_EVERY = 4
 """Products between two looks at the Ritz pairs where a look is not free."""
@@ -50,7 +53,7 @@ def lanczos_eigenpairs(
     max_matvec: int | None = None,
     max_seconds: float = math.inf,
     max_basis: int | None = None,
-    guard: int = 1,
+    guard: int = 2,
     probe_steps: int = 8,
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -70,12 +73,15 @@ def lanczos_eigenpairs(
     cost no further one.
 
     Small residuals do not prove that the pairs are the top k: one can be skipped, above
-    all in a cluster. Two things guard against it. A pair more than asked for must be
-    found too, to a residual of 0.1. And, since a single vector cannot see a second copy
+    all in a cluster. Two things guard against it. Two pairs more than asked for must be
+    found too, to a fifth of their gap to the last one. And, since a single vector cannot see a second copy
     of a multiple eigenvalue, the found set is probed: some steps from a random vector
-    orthogonal to it, and on with the search if a Ritz value displaces one of the set. A
-    skipped member of a dense cluster can still be missed, and is less likely so with a
-    smaller tolerance.
+    orthogonal to it, and on with the search if a Ritz value displaces one of the set.
+    Simulated on spectra of a network of 270k parameters, 48 starts each: before training,
+    where the largest eigenvalues lie within some tenths of a percent of each other, 1 search
+    missed one of the top 10 (7 without guards); after 100 steps 0 and 1 (1 and 2); with the
+    four largest eigenvalues doubled 0 and 0 (7 and 17). So a member of a dense cluster can
+    be missed, and is less likely so with a smaller tolerance.
 
     Parameters
     ----------
@@ -264,11 +270,15 @@ class _Search:
 
     def allowed(self, space: Subspace, ritz: Ritz) -> Tensor:
         """Return the residual at which each wanted pair is good enough, shape (n, wanted)."""
+        found = ritz.eigenvalues[:, : self.wanted]
         scale = torch.maximum(space.scale, ritz.eigenvalues.abs().amax(-1))
-        own = own_scale(ritz.eigenvalues[:, : self.wanted], scale[:, None])
-        own[:, : self.k] *= _STOP * self.tol
-        own[:, self.k :] *= max(_GUARD_TOL, _STOP * self.tol)
-        return own
+        allowed = _STOP * self.tol * own_scale(found, scale[:, None])
+        size = found.abs() if self.which == "magnitude" else found
+        for i in range(self.k, found.shape[1]):
+            last = self.k - 1 if self.which != "both" or (i - self.k) % 2 or self.k == 1 else self.k - 2
+            gap = (size[:, last] - size[:, i]).abs()
+            allowed[:, i] = torch.maximum(allowed[:, i], _GUARD_GAP * gap)
+        return allowed
 
     def until_found(self, space: Subspace, min_steps: int) -> Subspace:
         """Extend until every problem is done; keep its best Ritz vectors."""
