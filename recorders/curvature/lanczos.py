@@ -262,6 +262,8 @@ class _Search:
                 ritz = space.ritz(self.which)
             space.append(space.residual_vectors(ritz, pairs[: room - space.filled]))
         space.restart(space.ritz(self.which), self.k)
+        if int(space.count.max()) + self.wanted > self.budget:
+            return [*finished, space]  # no search can end within the products left
         sums = space.vectors[:, : self.k].sum(1)
         space.filled = 0
         space.projected.zero_()

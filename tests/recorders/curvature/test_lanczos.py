@@ -457,3 +457,24 @@ def test_lanczos__finds_the_top_ten_of_a_cluster_as_before_training(seed: int) -
     pairs = lanczos_eigenpairs(lambda vectors, _: vectors * values, len(values), 10, seed=seed)
     assert bool(pairs.converged.all())
     torch.testing.assert_close(pairs.eigenvalues[0], top[:10], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_matvec", range(12, 60, 4))
+def test_start__that_corrections_do_not_settle_stays_within_the_budget(max_matvec: int) -> None:
+    # Neighbours in a dense bulk, which corrections remove slowly, and of which the sum shows nothing.
+    values = torch.cat([torch.linspace(1.0, 1.01, 5), torch.linspace(0.5, 0.995, 295)]).double()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(5, 300, generator=generator, dtype=torch.float64)
+    start = torch.eye(300, dtype=torch.float64)[:5] + 1e-3 * (noise - noise.mean(0))
+    calls = []
+
+    def counted(vectors: Tensor, problems: Tensor) -> Tensor:
+        del problems
+        calls.append(len(vectors))
+        return vectors * values
+
+    pairs = lanczos_eigenpairs(
+        counted, 300, 5, start=start[None], tol=1e-4, max_matvec=max_matvec, dtype=torch.float64
+    )
+    assert int(pairs.n_matvec) == sum(calls) <= max_matvec
+    check_honest(pairs, torch.diag(values), 1e-4)
