@@ -249,12 +249,9 @@ class _Search:
             no_budget = self.is_cut_short(space) or int(space.count.max()) + len(pairs) > self.budget
             done = ~large.any(1) | space.exhausted | no_budget
             if bool(done.any()):
-                found = space.select(done)
-                found.restart(ritz.select(done), self.k)
-                finished.append(found)
+                finished.append(self.taken_out(space, ritz, done, self.k))
                 if bool(done.all()):
                     return finished
-                found.trimmed()
                 space, ritz = space.select(~done), ritz.select(~done)
             room = min(self.capacity, space.matrices.size)
             if space.filled + len(pairs) > room:
@@ -292,16 +289,21 @@ class _Search:
                 done = self.is_found(space, ritz) & (steps >= min_steps)
                 done = done | space.exhausted | self.is_cut_short(space)
                 if bool(done.any()):
-                    found = space.select(done)
-                    found.restart(ritz.select(done), self.wanted)
+                    finished.append(self.taken_out(space, ritz, done, self.wanted))
                     if bool(done.all()):
-                        return Subspace.joined([*finished, found], self.capacity)
-                    finished.append(found.trimmed())
+                        return Subspace.joined(finished, self.capacity)
                     space, ritz = space.select(~done), ritz.select(~done)
                 if space.full:
                     space.restart(ritz, self.wanted + (self.capacity - self.wanted) // 2)
             space.extend()
             steps += 1
+
+    @staticmethod
+    def taken_out(space: Subspace, ritz: Ritz, done: Tensor, keep: int) -> Subspace:
+        """Return the problems that are done, with their best Ritz vectors alone."""
+        found = space.select(done)
+        found.restart(ritz.select(done), keep)
+        return found if found is space else found.trimmed()
 
     def is_cut_short(self, space: Subspace) -> bool:
         return int(space.count.max()) >= self.budget or time.monotonic() >= self.deadline
