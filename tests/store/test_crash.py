@@ -57,9 +57,10 @@ DOOMED = "doomed"
 
 @dataclass(frozen=True)
 class Moment:
-    """Before an operation, counted from 1; or so many seconds after the start, or after it told something."""
+    """Before an operation, counted from 1, or the first in a window; or seconds after the start or a word."""
 
     operation: int = 0
+    window: str = ""
     torn: bool = False
     seconds: float = 0.0
     after_told: bool = False
@@ -97,18 +98,22 @@ class Death:
             return
         kind = self._kind(path)
         self._witness.operations.value += 1
-        if self._witness.operations.value == self._moment.operation:
-            self._die(event.removeprefix("os."), kind)
+        window = self._window(event.removeprefix("os."), kind)
+        if self._witness.operations.value == self._moment.operation or window == self._moment.window:
+            self._die(window)
         self._being_written = path if event == "open" else None
         self._before = kind if self.flushes else f"resumed {kind}"
 
-    def _die(self, event: str, kind: str) -> None:
+    def _window(self, event: str, kind: str) -> str:
+        if self._moment.torn and self._being_written is not None:
+            event, kind = "tear", self._kind(self._being_written)
+        return f"{'flush' if self.flushes else 'start'}: {self._before}, {event} {kind}"
+
+    def _die(self, window: str) -> None:
         torn, self._being_written = self._being_written, None
         if self._moment.torn and torn is not None:
-            event, kind = "tear", self._kind(torn)
             os.truncate(torn, Path(torn).stat().st_size // 2)
-        during = "flush" if self.flushes else "start"
-        self._witness.last_words.value = f"{during}: {self._before}, {event} {kind}".encode()
+        self._witness.last_words.value = window.encode()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _kind(self, path: str) -> str:
@@ -220,9 +225,9 @@ def _run(task: Task, work: Work = _record) -> Witness:
 def _run_until_killed(task: Task, moment: Moment, work: Work = _record) -> Witness:
     witness = Witness()
     process = _start(task, moment, witness, work)
-    if moment.operation:
+    if moment.operation or moment.window:
         process.join(WAIT_SECONDS / 2)
-        assert process.exitcode is not None, f"made only {witness.operations.value} operations: {moment}"
+        assert process.exitcode is not None, f"lives after {witness.operations.value} operations: {moment}"
     else:
         while moment.after_told and witness.told.value == NOTHING_TOLD and process.is_alive():
             time.sleep(0.001)
@@ -318,10 +323,12 @@ class Campaign:
 
     def kill(self, moment: Moment) -> str:
         """Resume at an earlier step, die, and look; return the window."""
-        if self._ledger.reached() < 12:
+        # who aims at a window needs records to withdraw, and no rubbish that is cleared away first
+        if self._ledger.reached() < 12 or moment.window:
             self.record(12)
         reached = self._ledger.reached()
-        resume_at = self._draw.randint(reached // 2, min(reached, STEPS[-1] - 20))
+        latest = reached - bool(moment.window)
+        resume_at = self._draw.randint(reached // 2, min(latest, STEPS[-1] - 20))
         task = self._next(resume_at)
         witness = _run_until_killed(task, moment)
         self._ledger.audit(task.state, resume_at, witness.told.value)
@@ -347,6 +354,22 @@ def _layers_plan(layers: int, steps: tuple[int, ...] = STEPS) -> RunPlan:
     return RunPlan(seeds=(0,), probes=probes)
 
 
+WINDOWS = (
+    "start: resumed lease, open marker",  # nothing is withdrawn yet
+    "start: resumed marker, tear marker",
+    "start: resumed marker, open marker",  # one probe is withdrawn, the next is not
+    "flush: resumed marker, open chunk",  # all are withdrawn, nothing is rewritten
+    "flush: chunk, tear chunk",
+    "flush: chunk, rename chunk",
+    "flush: chunk, open chunk",
+    "flush: chunk, open marker",  # all chunks, no marker
+    "flush: marker, tear marker",
+    "flush: marker, rename marker",
+    "flush: marker, open chunk",  # one probe is committed, the next is not
+)
+"""What is about to happen, after what."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """A plan, the limits that shape its chunks, and how often its writer is killed."""
@@ -361,10 +384,14 @@ class Layout:
 
     @property
     def kills(self) -> int:
-        return 2 * self.swept + self.at_random
+        return 2 * self.swept + self.at_random + len(self.windows)
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        return WINDOWS if self.every_operation else ()
 
     def moments(self, operations: int, draw: random.Random) -> Iterator[Moment]:
-        """Sweep over the first so many operations, with and without a torn file; and at random between."""
+        """Sweep over the first operations, with and without a torn file; kills at random and in windows."""
         swept = [
             Moment(operation=1 + i * operations // self.swept, torn=torn)
             for i, torn in itertools.product(range(self.swept), (False, True))
@@ -372,7 +399,8 @@ class Layout:
         at_random = [
             Moment(seconds=draw.uniform(0.0, 0.08), after_told=i % 2 == 0) for i in range(self.at_random)
         ]
-        yield from draw.sample(swept + at_random, self.kills)
+        in_windows = [Moment(window=window, torn="tear" in window) for window in self.windows]
+        yield from draw.sample(swept + at_random + in_windows, self.kills)
 
 
 LAYOUTS = {
@@ -389,21 +417,6 @@ LAYOUTS = {
     "sixty layers": Layout(lambda: _layers_plan(60), swept=14, at_random=10),
     "durable": Layout(lambda: spectrum_plan(steps=STEPS, seeds=(0,)), swept=14, at_random=6, durable=True),
 }
-
-WINDOWS = {
-    "start: resumed lease, open marker",  # nothing is withdrawn yet
-    "start: resumed marker, tear marker",
-    "start: resumed marker, open marker",  # one probe is withdrawn, the next is not
-    "flush: resumed marker, open chunk",  # all are withdrawn, nothing is rewritten
-    "flush: chunk, tear chunk",
-    "flush: chunk, rename chunk",
-    "flush: chunk, open chunk",
-    "flush: chunk, open marker",  # all chunks, no marker
-    "flush: marker, tear marker",
-    "flush: marker, rename marker",
-    "flush: marker, open chunk",  # one probe is committed, the next is not
-}
-"""What is about to happen, after what; a sweep over every operation meets them all."""
 
 
 def test_layouts__are_killed_two_hundred_times_in_all() -> None:
@@ -436,7 +449,7 @@ def test_kill__loses_no_committed_record_and_shows_none_that_is_torn_or_of_two_a
     assert windows.total() == layout.kills
     assert sum(windows[window] for window in windows if window.startswith("flush")) >= layout.swept
     if layout.every_operation:
-        assert windows.keys() >= WINDOWS
+        assert windows.keys() >= set(WINDOWS)
     assert half_written, "no kill was in the middle of a write"
     campaign.record(12)
     assert not list(tmp_path.rglob("*.partial")), "a resumed writer leaves no half-written files behind"
