@@ -190,6 +190,13 @@ _DECLARED = (
         "Number of matrix-vector products spent on the block; 0 for a dense solve.",
     ),
     Variable(
+        "n_certain",
+        _PER_LAYER,
+        "i",
+        "certain eigenpairs",
+        "Number of eigenpairs, from the first on, that no missed eigenvalue exceeds (99 % sure).",
+    ),
+    Variable(
         "trace",
         _PER_LAYER,
         "f",

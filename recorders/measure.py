@@ -94,8 +94,8 @@ def eigenpairs(
     -------
     xarray.DataTree
         The group of a store without the dims ``seed`` and ``step``: ``eigenvalues``,
-        ``residuals`` and ``converged`` (layer, eig), ``n_matvec`` and ``trace`` (layer), and a
-        child for each block with its ``eigenvectors`` (eig, \*dims of the weights). With
+        ``residuals`` and ``converged`` (layer, eig), ``n_matvec``, ``n_certain`` and ``trace``
+        (layer), and a child for each block with its ``eigenvectors`` (eig, \*dims of the weights). With
         ``blocks="rows"`` the children hold all of it, with ``out`` in place of ``layer``.
 
     Raises
@@ -389,7 +389,7 @@ def operator_eigenpairs(
     -------
     xarray.Dataset
         ``eigenvalues``, ``residuals``, ``converged`` (eig), ``eigenvectors`` (eig, param),
-        ``n_matvec``, in the operator's precision, float32 at least.
+        ``n_matvec`` and ``n_certain``, in the operator's precision, float32 at least.
 
     Raises
     ------
@@ -436,8 +436,8 @@ def operator_eigenpairs(
         dtype=dtype,
         attrs={"vector_dims": [DIM_PARAM], "number_dim": DIM_EIG, "matrix": title, **layout},
     )
-    spent = ArrayPlan(variable="n_matvec", dtype="int32")
-    arrays = {**of_pairs, "eigenvectors": vectors, "n_matvec": spent}
+    counts = {name: ArrayPlan(variable=name, dtype="int32") for name in ("n_matvec", "n_certain")}
+    arrays = {**of_pairs, "eigenvectors": vectors, **counts}
     eig = CoordPlan(dim=DIM_EIG, values=tuple(range(k)))
     plan = ProbePlan(
         steps=(0,),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.certainty import certain_pairs
 from hild_xr.recorders.curvature.pairs import (
     Eigenpairs,
     Which,
@@ -190,10 +191,11 @@ class _Search:
 
     def run(self, space: Subspace, start: Tensor | None) -> Eigenpairs:
         if start is not None:
-            return self.certify(self.warm(space, start.to(space.vectors)))
+            return self.certify(self.warm(space, start.to(space.vectors)), torch.tensor(0))
         space.aim_randomly()
         space = self.until_found(space, min_steps=0)
         pending = torch.ones(len(space.problems), dtype=torch.bool)
+        certain = torch.zeros(len(space.problems), dtype=torch.int64)
         while self.probe_steps and not space.exhausted and time.monotonic() < self.deadline:
             # Probe all whose search was not cut short; those that change are probed again.
             pending = pending & (space.count + self.probe_steps <= self.budget)
@@ -205,8 +207,18 @@ class _Search:
             probed.aim_randomly()
             space = Subspace.joined([*parts, self.until_found(probed, self.probe_steps)], self.capacity)
             moved = (space.projected.diagonal(dim1=1, dim2=2) - before)[:, : self.wanted].abs().amax(-1)
-            pending = pending & (moved > self.tol * space.scale)
-        return self.certify(space)
+            stayed = pending & (moved <= self.tol * space.scale)
+            certain[stayed] = self.certain(space)[stayed]
+            pending = pending & ~stayed
+        if space.exhausted:
+            certain[:] = self.k
+        return self.certify(space, certain)
+
+    def certain(self, space: Subspace) -> Tensor:
+        """Count the pairs that are certain after a probe, shape (n,)."""
+        found = space.ritz(self.which).eigenvalues[:, : self.wanted]
+        size = space.matrices.size
+        return certain_pairs(found, self.k, self.which, space.scale, size, self.probe_steps)
 
     def warm(self, space: Subspace, start: Tensor) -> Subspace:
         """Begin with vectors that were eigenvectors a moment ago."""
@@ -322,10 +334,11 @@ class _Search:
         norms = ritz.estimates[:, : self.wanted] if known else space.residuals(ritz, self.wanted)
         return (norms <= self.allowed(space, ritz)).all(-1)
 
-    def certify(self, space: Subspace) -> Eigenpairs:
+    def certify(self, space: Subspace, certain: Tensor) -> Eigenpairs:
         """Return the pairs with the residuals of the products kept."""
         ritz = space.ritz(self.which)
         norms = space.residuals(ritz, self.k)
         space.restart(ritz, self.k)
         vectors = space.vectors[:, : self.k].clone()  # a copy, so that the basis goes
-        return certified(ritz.eigenvalues[:, : self.k], vectors, norms, space.scale, self.tol, space.count)
+        eigenvalues, certain = ritz.eigenvalues[:, : self.k], certain.expand_as(space.count)
+        return certified(eigenvalues, vectors, norms, space.scale, self.tol, space.count, certain)

@@ -33,6 +33,9 @@ class Eigenpairs:
         Shape (*batch, k): whether the residual is finite and at most the tolerance.
     n_matvec
         Shape (*batch,), int64: products spent; 0 for a dense solve.
+    n_certain
+        Shape (*batch,), int64: how many of the pairs, from the first on, are surely the leading ones; see
+        :func:`~hild_xr.recorders.curvature.certainty.certain_pairs`.
     """
 
     eigenvalues: Tensor
@@ -40,6 +43,7 @@ class Eigenpairs:
     residuals: Tensor
     converged: Tensor
     n_matvec: Tensor
+    n_certain: Tensor
 
 
 def ranking(eigenvalues: Tensor, which: Which) -> Tensor:
@@ -121,7 +125,7 @@ def dense_eigenpairs(
     vectors = columns.mT.gather(-2, order[..., None].expand(*order.shape, size))
     norms = (vectors @ exact.mT - eigenvalues[..., None] * vectors).norm(dim=-1)
     count = torch.zeros(matrix.shape[:-2], dtype=torch.int64)
-    return certified(eigenvalues, vectors.to(matrix), norms, scale, tol, count)
+    return certified(eigenvalues, vectors.to(matrix), norms, scale, tol, count, torch.full_like(count, k))
 
 
 def rayleigh_ritz(
@@ -132,6 +136,7 @@ def rayleigh_ritz(
     tol: float,
     scale: Tensor,
     n_matvec: Tensor,
+    n_certain: Tensor,
     name: str = "matrix",
 ) -> Eigenpairs:
     """Return the Ritz pairs of the span of orthonormal vectors whose products are known.
@@ -148,6 +153,8 @@ def rayleigh_ritz(
         Shape (n,): largest absolute Ritz value known so far; see :func:`own_scale`.
     n_matvec
         Shape (n,): products spent.
+    n_certain
+        Shape (n,): pairs known to be the leading ones.
     name
         Name in error messages.
 
@@ -171,6 +178,7 @@ def rayleigh_ritz(
     ...     tol=1e-3,
     ...     scale=torch.zeros(1),
     ...     n_matvec=torch.tensor([2]),
+    ...     n_certain=torch.tensor([2]),
     ... )
     >>> pairs.eigenvalues
     tensor([[4., 1.]], dtype=torch.float64)
@@ -186,7 +194,7 @@ def rayleigh_ritz(
     difference = products - eigenvalues.to(vectors)[..., None] * vectors
     norms = torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64).cpu()
     scale = torch.maximum(scale.cpu(), eigenvalues.abs().amax(-1))
-    return certified(eigenvalues, vectors, norms, scale, tol, n_matvec)
+    return certified(eigenvalues, vectors, norms, scale, tol, n_matvec, n_certain)
 
 
 def check_arguments(size: int, k: int, tol: float) -> None:
@@ -226,6 +234,7 @@ def certified(
     scale: Tensor,
     tol: float,
     n_matvec: Tensor,
+    n_certain: Tensor,
 ) -> Eigenpairs:
     """Flag pairs by the norms of their residuals.
 
@@ -239,13 +248,14 @@ def certified(
         Shape (*batch,): largest absolute eigenvalue found; see :func:`own_scale`.
     tol
         Relative residual up to which a pair counts as converged.
-    n_matvec
+    n_matvec, n_certain
         Shape (*batch,).
 
     Examples
     --------
     >>> one = torch.ones(1, 1, dtype=torch.float64)
-    >>> pairs = certified(one, torch.ones(1, 1, 1), 0.1 * one, one[0], 0.2, torch.tensor([1]))
+    >>> count = torch.tensor([1])
+    >>> pairs = certified(one, torch.ones(1, 1, 1), 0.1 * one, one[0], 0.2, count, count)
     >>> pairs.residuals, pairs.converged
     (tensor([[0.1000]], dtype=torch.float64), tensor([[True]]))
     """
@@ -253,6 +263,5 @@ def certified(
     own = own_scale(eigenvalues, scale[..., None])
     residuals = torch.where(norms == 0, 0.0, norms / own)
     converged, device = (residuals <= tol) & residuals.isfinite(), vectors.device
-    return Eigenpairs(
-        eigenvalues.to(device), vectors, residuals.to(device), converged.to(device), n_matvec.to(device)
-    )
+    numbers = (part.to(device) for part in (residuals, converged, n_matvec, n_certain))
+    return Eigenpairs(eigenvalues.to(device), vectors, *numbers)

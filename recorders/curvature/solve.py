@@ -145,6 +145,7 @@ def solve(operator: BlockOperator, options: SolveOptions, start: Tensor | None =
         residuals=pairs.residuals.reshape(*batch, options.k),
         converged=pairs.converged.reshape(*batch, options.k),
         n_matvec=pairs.n_matvec.reshape(batch),
+        n_certain=pairs.n_certain.reshape(batch),
         trace=trace.to(torch.float64).reshape(batch),
         eigenvectors=pairs.eigenvectors.reshape(*batch, options.k, *block.vector_shape),
         matrix=None if matrix is None else matrix.reshape(*batch, operator.size, operator.size),
@@ -226,7 +227,13 @@ def _lifted(operator: SecondMoment, gram: Tensor, pairs: Eigenpairs, options: So
     if not bool(vectors.isfinite().all()):
         raise NonFiniteCurvatureError(operator.block.label, "a product")
     return certified(
-        eigenvalues, vectors[None], norms[None], eigenvalues[:, 0], options.tol, pairs.n_matvec.cpu()
+        eigenvalues,
+        vectors[None],
+        norms[None],
+        eigenvalues[:, 0],
+        options.tol,
+        pairs.n_matvec.cpu(),
+        pairs.n_certain.cpu(),
     )
 
 
@@ -242,6 +249,8 @@ def _multiplied(
         tol=options.tol,
         scale=torch.zeros(1, dtype=torch.float64),
         n_matvec=pairs.n_matvec + options.k,
+        # beyond all eigenvalues of K there are only zeros
+        n_certain=torch.where(pairs.n_certain == pairs.eigenvalues.shape[1], options.k, pairs.n_certain),
         name=operator.block.label,
     )
 

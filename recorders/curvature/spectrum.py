@@ -36,6 +36,10 @@ class BlockSpectrum:
         Shape (*batch, k), bool: whether the residual is at most the tolerance.
     n_matvec
         Shape (*batch,), int64: matrix-vector products spent; 0 for a dense solve.
+    n_certain
+        Shape (*batch,), int64: how many of the pairs, from the first on, are surely the leading ones, with
+        a probability of 99 %; all after a dense solve, none where corrections of earlier eigenvectors
+        looked for no others.
     trace
         Shape (*batch,), float64: NaN where it was not computed exactly.
     eigenvectors
@@ -51,6 +55,7 @@ class BlockSpectrum:
     residuals: Tensor
     converged: Tensor
     n_matvec: Tensor
+    n_certain: Tensor
     trace: Tensor
     eigenvectors: Tensor
     matrix: Tensor | None

@@ -34,7 +34,8 @@ from hild_xr.variables import DIM_EIG, DIM_LAYER, DIM_PARAM
 COLD_EVERY = 10
 """Records from one search that begins at random to the next, by default."""
 
-_SCALARS = ("n_matvec", "trace")
+_COUNTS = ("n_matvec", "n_certain")
+_SCALARS = (*_COUNTS, "trace")
 _PER_PAIR = ("eigenvalues", "residuals", "converged")
 
 
@@ -175,10 +176,11 @@ class Spectrum(Probe):
 
     def _numbers(self, dims: tuple[str, ...], shape: tuple[int, ...], precision: str) -> dict[str, ArrayPlan]:
         """Plan what is a number a pair or a block; floats in the precision that they were computed in."""
-        dtypes = dict.fromkeys((*_PER_PAIR, *_SCALARS), precision) | {
-            "converged": "bool",
-            "n_matvec": "int32",
-        }
+        dtypes = (
+            dict.fromkeys((*_PER_PAIR, *_SCALARS), precision)
+            | dict.fromkeys(_COUNTS, "int32")
+            | {"converged": "bool"}
+        )
         per_pair = dict.fromkeys(_PER_PAIR, ((*dims, DIM_EIG), (*shape, self.k)))
         per_block = dict.fromkeys(_SCALARS, (dims, shape))
         return {
