@@ -9,6 +9,7 @@ beside :mod:`hild_xr.recorders.curvature` because that package knows no labels.
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def eigenpairs(
     which: Which = "magnitude",
     tol: float = 1e-3,
     max_matvec: int | None = None,
+    max_seconds: float = math.inf,
     dense_up_to: int | None = None,
     matrix_up_to: int = 0,
     sketch: SketchOption = None,
@@ -81,7 +83,7 @@ def eigenpairs(
     matrix
         ``"hessian"``, ``"ggn"``, ``"gmatrix"``, ``"gmatrix_centered"``, ``"fisher"``,
         ``"fisher_mc"``, or a :class:`~hild_xr.recorders.curvature.FisherMC` with options.
-    blocks, layers, which, tol, max_matvec, dense_up_to, matrix_up_to, sketch
+    blocks, layers, which, tol, max_matvec, max_seconds, dense_up_to, matrix_up_to, sketch
         As for :class:`~hild_xr.recorders.Hessian`.
     include_regularizer
         Whether the l2 term takes part; None for the matrix's default (see
@@ -125,6 +127,7 @@ def eigenpairs(
         "which": which,
         "tol": tol,
         "max_matvec": max_matvec,
+        "max_seconds": max_seconds,
         "dense_up_to": dense_up_to,
         "matrix_up_to": matrix_up_to,
         "sketch": sketch,
@@ -356,6 +359,7 @@ def operator_eigenpairs(
     which: Which = "magnitude",
     tol: float = 1e-3,
     max_matvec: int | None = None,
+    max_seconds: float = math.inf,
     seed: int = 0,
     name: str | None = None,
     model: nn.Module | None = None,
@@ -376,7 +380,7 @@ def operator_eigenpairs(
         LinearOperator, a tensor, an array or a sparse matrix.
     k
         Number of eigenpairs.
-    which, tol, max_matvec, seed
+    which, tol, max_matvec, max_seconds, seed
         See :func:`~hild_xr.recorders.curvature.lanczos_eigenpairs`.
     name
         What the operator is, for the attribute ``matrix`` and for messages; its type by default.
@@ -419,6 +423,7 @@ def operator_eigenpairs(
         which=which,
         tol=tol,
         max_matvec=max_matvec,
+        max_seconds=max_seconds,
         dtype=foreign.dtype,
         device=foreign.device,
         seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,8 @@ class Fisher(Spectrum):
 
     Parameters
     ----------
-    k, blocks, layers, which, tol, max_matvec, dense_up_to, matrix_up_to, cold_every, sketch, schedule, group
+    k, blocks, layers, which, tol, max_matvec, max_seconds, dense_up_to, matrix_up_to
+    cold_every, sketch, schedule, group
         As for :class:`~hild_xr.recorders.Hessian`; groups are ``/fisher``, ``/fisher_rows`` and so
         on, and ``/fisher_mc`` where targets are drawn.
     include_regularizer
@@ -61,6 +63,7 @@ class Fisher(Spectrum):
         which: Which = "magnitude",
         tol: float = 1e-3,
         max_matvec: int | None = None,
+        max_seconds: float = math.inf,
         dense_up_to: int | None = None,
         matrix_up_to: int = 0,
         cold_every: int = COLD_EVERY,
@@ -79,6 +82,7 @@ class Fisher(Spectrum):
             which=which,
             tol=tol,
             max_matvec=max_matvec,
+            max_seconds=max_seconds,
             dense_up_to=dense_up_to,
             matrix_up_to=matrix_up_to,
             cold_every=cold_every,

@@ -15,7 +15,8 @@ class GaussNewton(Spectrum):
 
     Parameters
     ----------
-    k, blocks, layers, which, tol, max_matvec, dense_up_to, matrix_up_to, cold_every, sketch, schedule, group
+    k, blocks, layers, which, tol, max_matvec, max_seconds, dense_up_to, matrix_up_to
+    cold_every, sketch, schedule, group
         As for :class:`~hild_xr.recorders.Hessian`; groups are ``/ggn``, ``/ggn_rows`` and so on.
     include_regularizer
         Whether the l2 term adds :math:`\beta I`, by default it does.

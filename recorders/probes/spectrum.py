@@ -54,6 +54,7 @@ class Spectrum(Probe):
         which: Which = "magnitude",
         tol: float = 1e-3,
         max_matvec: int | None = None,
+        max_seconds: float = math.inf,
         dense_up_to: int | None = None,
         matrix_up_to: int = 0,
         cold_every: int = COLD_EVERY,
@@ -68,7 +69,8 @@ class Spectrum(Probe):
         super().__init__(default if group is None else group, schedule)
         self.include_regularizer = include_regularizer
         self.k, self.blocks, self.layers, self.which = k, blocks, layers, which
-        self.tol, self.max_matvec, self.matrix_up_to = tol, max_matvec, matrix_up_to
+        self.tol, self.matrix_up_to = tol, matrix_up_to
+        self.max_matvec, self.max_seconds = max_matvec, max_seconds
         self.dense_up_to, self.cold_every = dense_up_to, cold_every
         self.sketch = as_family(sketch)
         if self.sketch is not None and self.sketch.m < 2 * k:
@@ -155,6 +157,7 @@ class Spectrum(Probe):
             which=self.which,
             tol=self.tol,
             max_matvec=self.max_matvec,
+            max_seconds=self.max_seconds,
             dense_up_to=self.dense_up_to,
             matrix_up_to=self.matrix_up_to,
             include_regularizer=self.include_regularizer,
@@ -271,6 +274,9 @@ class Hessian(Spectrum):
         at most the residual over the gap.
     max_matvec
         Budget of Hessian-vector products a block; None for the solver's own.
+    max_seconds
+        Time for a block that is solved through products. What is found by then is recorded with its true
+        residuals, and depends on the machine: two runs are then not equal bit for bit.
     dense_up_to
         Solve blocks of at most this many parameters as whole matrices, which misses no
         eigenpair; None for the solver's own rule.
@@ -326,7 +332,8 @@ class GMatrix(Spectrum):
 
     Parameters
     ----------
-    k, blocks, layers, which, tol, max_matvec, dense_up_to, matrix_up_to, cold_every, sketch, schedule, group
+    k, blocks, layers, which, tol, max_matvec, max_seconds, dense_up_to, matrix_up_to
+    cold_every, sketch, schedule, group
         As for :class:`Hessian`; groups are ``/gmatrix``, ``/gmatrix_rows``, ``/gmatrix_centered``
         and so on.
     include_regularizer
@@ -355,6 +362,7 @@ class GMatrix(Spectrum):
         which: Which = "magnitude",
         tol: float = 1e-3,
         max_matvec: int | None = None,
+        max_seconds: float = math.inf,
         dense_up_to: int | None = None,
         matrix_up_to: int = 0,
         cold_every: int = COLD_EVERY,
@@ -372,6 +380,7 @@ class GMatrix(Spectrum):
             which=which,
             tol=tol,
             max_matvec=max_matvec,
+            max_seconds=max_seconds,
             dense_up_to=dense_up_to,
             matrix_up_to=matrix_up_to,
             cold_every=cold_every,

@@ -94,6 +94,14 @@ def test_eigenpairs__are_what_a_recorder_stores(tmp_path: Path, matrix: Any, blo
     assert_same(found, at_the_start(run, probe.group))
 
 
+def test_no_time__gives_pairs_that_say_how_far_they_are_off() -> None:
+    found = rec.curvature.eigenpairs(*problem(), 2, blocks="model", dense_up_to=0, max_seconds=0.0)
+    assert not bool(found["converged"].any())
+    assert bool((found["residuals"] > 1e-3).all())
+    assert int(found["n_certain"].sel(layer="model")) == 0
+    assert int(found["n_matvec"].sel(layer="model")) < 8
+
+
 def test_sketched_eigenpairs__are_what_a_recorder_stores(tmp_path: Path) -> None:
     run = recorded(tmp_path / "run.zarr", rec.Hessian(2, sketch=20))
     found = rec.curvature.eigenpairs(*problem(), 2, sketch=20)
