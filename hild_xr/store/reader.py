@@ -290,7 +290,9 @@ class _Probe:
         metadata = {name: self._contents.nodes[f"{path}/{name}"] for name in (*node.coords, *node.arrays)}
         metadata[""] = self._contents.nodes[path]
         kind = repr(metadata)
-        if node.coords or kind not in self._kinds:
+        if node.coords:  # whose values the metadata do not show
+            return self._dataset(path, node, {})
+        if kind not in self._kinds:
             return self._kinds.setdefault(kind, self._dataset(path, node, {}))
         return self._kinds[kind].copy(data={name: self._lazy(f"{path}/{name}") for name in node.arrays})
 

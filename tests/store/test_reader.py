@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from zarr.storage import LocalStore, MemoryStore
 
 import hild_xr as hx
-from hild_xr.plan import RunPlan
+from hild_xr.plan import ArrayPlan, CoordPlan, NodePlan, ProbePlan, RunPlan
 from hild_xr.store import (
     DamagedRecordError,
     NotAStoreError,
@@ -89,6 +89,23 @@ def test_open__is_lazy(uneven: tuple[Path, RunPlan]) -> None:
 def test_open__selects_layers_by_name(uneven: tuple[Path, RunPlan]) -> None:
     eigenvalues = hx.open(uneven[0])["hessian/eigenvalues"]
     assert eigenvalues.sel(layer="fc.weight").dims == ("seed", "step", "eig")
+
+
+def test_nodes_with_coordinates__keep_their_own_numbers(tmp_path: Path) -> None:
+    """Two nodes whose metadata are equal differ in the values of their coordinates and arrays."""
+    array = ArrayPlan(variable="eigenvalues", dims=("eig",), shape=(2,))
+    nodes = {
+        name: NodePlan(arrays={"eigenvalues": array}, coords={"eig": CoordPlan(dim="eig", values=labels)})
+        for name, labels in (("a", (0, 1)), ("b", (5, 6)))
+    }
+    plan = RunPlan(seeds=(0,), probes={"spectra": ProbePlan(steps=(0,), nodes=nodes)})
+    with RunWriter(tmp_path / "run.zarr", plan, 0) as writer:
+        writer.write("spectra", 0, {name: {"eigenvalues": [i, i + 1.0]} for i, name in enumerate(nodes)})
+    run = hx.open(tmp_path / "run.zarr")
+    for i, (name, labels) in enumerate((("a", [0, 1]), ("b", [5, 6]))):
+        found = run[f"spectra/{name}/eigenvalues"].isel(seed=0, step=0)
+        assert found["eig"].values.tolist() == labels
+        assert found.values.tolist() == [i, i + 1]
 
 
 def test_open__of_a_run_without_records_is_empty_and_labelled() -> None:
