@@ -51,6 +51,10 @@ NEEDS = {
     "accelerate": ("tests/recorders/adapters/test_transformers.py",),
     "build": ("tests/test_packaging.py",),
     "icechunk": ("tests/store/test_icechunk.py",),
+    "hmmlearn": (
+        "hild_xr/analysis/features/latent_states.py",
+        "tests/analysis/features/test_latent_states.py",
+    ),
     "moto": ("tests/store/test_object_store.py",),
 }
 collect_ignore = [path for package, paths in NEEDS.items() if find_spec(package) is None for path in paths]

@@ -23,7 +23,7 @@ LABELS = ("hild_xr.variables", "hild_xr.plan", "hild_xr.provenance")
 STORES = (*LABELS, "hild_xr.store", "hild_xr.sweep", "hild_xr.share")
 MATHS = ("hild_xr.analysis", "hild_xr.variables")
 SHOWN = ("hild_xr.plots", "hild_xr.accessor", "hild_xr.claims")
-FACES = (*STORES, *MATHS, *SHOWN, "hild_xr.sketch", "hild_xr")
+FACES = (*STORES, *MATHS, *SHOWN, "hild_xr.analyze", "hild_xr.sketch", "hild_xr")
 TRAINING = ("hild_xr.recorders", "torch")  # outside recorders: only once a function is called
 PARTS = {
     "hild_xr.variables": (),
@@ -37,7 +37,9 @@ PARTS = {
     "hild_xr.recorders.curvature": ("hild_xr.recorders", "torch"),  # kernels: neither labels nor a store
     "hild_xr.analysis": ("hild_xr.variables",),
     "hild_xr.plots": MATHS,
-    "hild_xr.accessor": (*MATHS, "hild_xr.plots", "hild_xr.store"),
+    "hild_xr.analyze": (*LABELS, *MATHS, "hild_xr.store"),
+    "hild_xr.forwarding": (),
+    "hild_xr.accessor": (*MATHS, "hild_xr.analyze", "hild_xr.forwarding", "hild_xr.plots", "hild_xr.store"),
     "hild_xr.claims": (),
     "hild_xr": (*STORES, *MATHS, "hild_xr.accessor", "hild_xr.recorders", "hild_xr.sketch"),
     "hild_xr.testing": FACES,
@@ -49,7 +51,8 @@ PARTS = {
 
 NOT_AT_IMPORT = ("torch", "distributed", "holoviews", "panel", "bokeh", "matplotlib")
 FRAMEWORKS = ("lightning", "pytorch_lightning", "transformers", "accelerate")
-OPTIONAL = (*NOT_AT_IMPORT, *FRAMEWORKS, "jinja2", "sklearn", "rocrate", "s3fs", "obstore", "icechunk")
+OTHERS = ("jinja2", "sklearn", "rocrate", "s3fs", "obstore", "icechunk", "hmmlearn")
+OPTIONAL = (*NOT_AT_IMPORT, *FRAMEWORKS, *OTHERS)
 NEED_AN_EXTRA = (
     "hild_xr.recorders",
     "hild_xr.recorders.curvature",
@@ -131,7 +134,7 @@ def test_arrows__every_module_has_its_place() -> None:
         ("hild_xr.analysis.angles", "from hild_xr import open"),
         ("hild_xr.plots.spectra", "if TYPE_CHECKING:\n    import torch.nn"),
         ("hild_xr.plots.spectra", "import hild_xr.store.reader"),
-        ("hild_xr.recorders.probes.hessian", "from hild_xr.analysis.angles import angles"),
+        ("hild_xr.recorders.probes.hessian", "from hild_xr.analysis.subspaces.angles import angles"),
         ("hild_xr.recorders.recorder", "class A:\n    def f(self):\n        import hild_xr.plots"),
         ("hild_xr.recorders.curvature.engine", "from hild_xr.variables import DIM_EIG"),
         ("hild_xr.recorders.curvature.engine", "def f():\n    from hild_xr.store import open_run"),
@@ -152,7 +155,10 @@ def test_arrows__a_forbidden_import_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("hild_xr.analysis.angles", "from hild_xr.analysis.alignment import alignment\nimport numpy"),
+        (
+            "hild_xr.analysis.angles",
+            "from hild_xr.analysis.subspaces.alignment import alignment\nimport numpy",
+        ),
         ("hild_xr.plots.spectra", "from hild_xr.analysis import angles"),
         ("hild_xr.recorders.recorder", "import torch\nfrom hild_xr.store import RunWriter"),
         ("hild_xr.recorders.curvature.engine", "import torch\nfrom hild_xr.recorders import objective"),

@@ -1,0 +1,1 @@
+"""What all analyses share: arguments by name, checks, order of records, BLAS threads."""

@@ -1,0 +1,1 @@
+"""Subspaces and vectors: bases, principal angles, distances, alignment, projection."""
