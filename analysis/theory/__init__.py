@@ -6,7 +6,9 @@ measured values. Nothing here is fitted or simulated.
 
 from __future__ import annotations
 
+from hild_xr.analysis.theory.bbp import bbp_outlier, bbp_overlap, bbp_spike, bbp_threshold
 from hild_xr.analysis.theory.marchenko_pastur import (
+    marchenko_pastur_cdf,
     marchenko_pastur_density,
     marchenko_pastur_edges,
     marchenko_pastur_mass_at_zero,
@@ -41,7 +43,12 @@ __all__ = [  # noqa: RUF022  # grouped by topic
     "xor_first_layer_outlier",
     "xor_fixed_point_norm",
     "xor_second_layer_outlier",
-    # sample covariance of noise
+    # sample covariance of noise, and of noise with spikes
+    "bbp_outlier",
+    "bbp_overlap",
+    "bbp_spike",
+    "bbp_threshold",
+    "marchenko_pastur_cdf",
     "marchenko_pastur_density",
     "marchenko_pastur_edges",
     "marchenko_pastur_mass_at_zero",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-    from hild_xr.analysis.bases import FloatArray
+    from hild_xr.analysis.subspaces.bases import FloatArray
 
     Weight = Callable[[FloatArray, int], FloatArray]
 

@@ -7,6 +7,7 @@ import scipy.integrate
 import xarray as xr
 
 from hild_xr.analysis.theory import (
+    marchenko_pastur_cdf,
     marchenko_pastur_density,
     marchenko_pastur_edges,
     marchenko_pastur_mass_at_zero,
@@ -33,6 +34,35 @@ def test_density__has_the_moments_of_the_law(ratio: float, scale: float) -> None
     assert integral(1, ratio, scale) == pytest.approx(scale, abs=1e-9)
     assert integral(2, ratio, scale) == pytest.approx(scale**2 * (1 + ratio), abs=1e-9)
     assert integral(3, ratio, scale) == pytest.approx(scale**3 * (1 + 3 * ratio + ratio**2), abs=1e-9)
+
+
+@pytest.mark.parametrize(("ratio", "scale"), [*LAWS, (1.001, 1.0), (30.0, 2.0)])
+def test_cdf__is_the_integral_of_the_density(ratio: float, scale: float) -> None:
+    lower, upper = marchenko_pastur_edges(ratio, scale)
+    middle, half = (upper + lower) / 2, (upper - lower) / 2
+
+    def integrand(t: float) -> float:  # the substitution takes the square roots off both edges
+        return float(marchenko_pastur_density(middle + half * np.sin(t), ratio, scale) * half * np.cos(t))
+
+    for t in np.linspace(-np.pi / 2, np.pi / 2, 9):
+        x = middle + half * np.sin(t)
+        mass = scipy.integrate.quad(integrand, -np.pi / 2, t, epsabs=1e-13, limit=200)[0]
+        expected = mass + marchenko_pastur_mass_at_zero(ratio)
+        assert marchenko_pastur_cdf(x, ratio, scale) == pytest.approx(expected, abs=1e-11)
+
+
+def test_cdf__outside_of_the_support_and_labelled() -> None:
+    x = np.array([-1.0, 0.0, 0.01, 9.5, np.nan])
+    np.testing.assert_array_equal(marchenko_pastur_cdf(x, 4.0), [0.0, 0.75, 0.75, 1.0, np.nan])
+    np.testing.assert_array_equal(marchenko_pastur_cdf(x, 0.25), [0.0, 0.0, 0.0, 1.0, np.nan])
+    labelled = marchenko_pastur_cdf(
+        xr.DataArray(x, dims="bin").chunk(bin=2), xr.DataArray([0.5], dims="layer")
+    )
+    assert labelled.chunks is not None
+    assert set(labelled.dims) == {"bin", "layer"}
+    assert np.isnan(marchenko_pastur_cdf(1.0, np.nan))
+    with pytest.raises(ValueError, match="expected ratio > 0"):
+        marchenko_pastur_cdf(1.0, 0.0)
 
 
 def test_edges__of_the_spectral_evolution_check() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.polynomial.hermite_e import hermegauss
 
-from hild_xr.analysis.bases import FloatArray
+from hild_xr.analysis.subspaces.bases import FloatArray
 from hild_xr.analysis.theory import (
     LowRankPlusIdentity,
     gmatrix_at_zero,

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hild_xr.analysis.bases import FloatArray
+from hild_xr.analysis.subspaces.bases import FloatArray
 from hild_xr.analysis.theory import (
     covered_centres_probability,
     xor_first_layer_outlier,

@@ -1,0 +1,1 @@
+"""Eigenvalues and singular values: outliers, bulk, densities, ranks, tails."""
