@@ -1,0 +1,1 @@
+"""What happens along training: identities of eigenpairs, drift, stability."""
