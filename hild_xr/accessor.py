@@ -1,10 +1,10 @@
 """The ``.hild`` accessor: analysis as methods of DataArray, Dataset and DataTree.
 
-No maths here: each method finds the variable it speaks of and hands it to the
+No maths here: each method finds the variables it speaks of and hands them to the
 function of the same name in :mod:`hild_xr.analysis`, which is imported then and
 not before. A DataArray is the variable itself; a Dataset or a node of a run
 holds it under its name in the registry (``weight``, ``eigenvalues``,
-``eigenvectors``).
+``eigenvectors``). :mod:`hild_xr.forwarding` has the table.
 
 >>> import xarray as xr
 >>> node = xr.Dataset({"eigenvalues": ("eig", [5.0, 4.0, 0.2, 0.1])})
@@ -19,70 +19,74 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from hild_xr.forwarding import ANY, FORWARDED, LAYERS, TREE, Forward
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import os
+    from collections.abc import Callable, Iterable
 
 Labelled = xr.DataArray | xr.Dataset | xr.DataTree
 
 
-def _analysis(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module("hild_xr.analysis"), name)
-    return function
-
-
-def _variable(labelled: Labelled, name: str) -> xr.DataArray:
+def _variable(labelled: Labelled, names: str) -> Labelled:
     """Return the DataArray itself, or the variable of that name in the dataset or node.
 
     Raises
     ------
     KeyError
         If there is no such variable, with the nodes below that have it.
+    TypeError
+        If a tree is needed and came something else.
     """
-    if isinstance(labelled, xr.DataArray):
+    if names == TREE and not isinstance(labelled, xr.DataTree):
+        raise TypeError(
+            f"a {type(labelled).__name__} holds one layer; take the node above the layers, as in "
+            "run['weights'].hild.flatten_like(...)"
+        )
+    is_tree = isinstance(labelled, xr.DataTree) and bool(labelled.children)
+    if names == TREE or isinstance(labelled, xr.DataArray) or (names == LAYERS and is_tree):
         return labelled
-    if name in labelled.data_vars:
-        return labelled.data_vars[name]
+    alternatives = names.strip("/").split("|")
+    for name in alternatives:
+        if name in labelled.data_vars:
+            return labelled.data_vars[name]
     below = labelled.subtree if isinstance(labelled, xr.DataTree) else ()
-    paths = [node.path for node in below if name in node.data_vars]
+    paths = [node.path for node in below if any(name in node.data_vars for name in alternatives)]
     hint = f"take one of the nodes {paths}" if paths else "pass the DataArray itself"
-    raise KeyError(f"expected a variable {name!r}, came {sorted(map(str, labelled.data_vars))}; {hint}")
+    wanted = "" if names == ANY else f" {' or '.join(map(repr, alternatives))}"
+    raise KeyError(f"expected a variable{wanted}, came {sorted(map(str, labelled.data_vars))}; {hint}")
+
+
+def _method(name: str, takes: Forward) -> Callable[..., Any]:
+    """Make the method that forwards to the function of that name."""
+
+    def method(self: HildAccessor, *arguments: Any, **options: Any) -> Any:
+        return self._forward(name, takes, arguments, options)
+
+    method.__name__ = name
+    method.__qualname__ = f"HildAccessor.{name}"
+    own = ", ".join(takes.own).replace("|", " or ").replace(TREE, "").replace(ANY, "") or "the node itself"
+    more = f"; the next arguments hold {', '.join(takes.others)}" if takes.others else ""
+    method.__doc__ = f"See :func:`{takes.module}.{name}`; takes {own} from here{more}."
+    return method
 
 
 class HildAccessor:
     """Methods of :mod:`hild_xr.analysis` on labelled data; options are those of the functions.
 
-    Of a tree from ``hx.open`` there is also :meth:`refresh`.
+    Of a tree from ``hx.open`` there are also :meth:`analyze` and :meth:`refresh`.
     """
 
     def __init__(self, labelled: Labelled) -> None:
         self._labelled = labelled
 
-    def principal_angles(self, other: Labelled, **options: Any) -> xr.DataArray:
-        """Angles to the subspaces of another array: :func:`hild_xr.analysis.principal_angles`."""
-        return self._subspaces("principal_angles", other, **options)
-
-    def subspace_overlap(self, other: Labelled, **options: Any) -> xr.DataArray:
-        """Mean squared cosine of the angles: :func:`hild_xr.analysis.subspace_overlap`."""
-        return self._subspaces("subspace_overlap", other, **options)
-
-    def subspace_alignment(self, other: Labelled, **options: Any) -> xr.DataArray:
-        """Smallest cosine of the angles: :func:`hild_xr.analysis.subspace_alignment`."""
-        return self._subspaces("subspace_alignment", other, **options)
-
-    def pairwise_angles(self, **options: Any) -> xr.DataArray:
-        """Angles of all pairs of steps: :func:`hild_xr.analysis.pairwise_angles`."""
-        return self._array("pairwise_angles", "eigenvectors", **options)
-
-    def angles_to_reference(self, reference: object, **options: Any) -> xr.DataArray:
-        """Angles to one step: :func:`hild_xr.analysis.angles_to_reference`."""
-        return self._array("angles_to_reference", "eigenvectors", reference, **options)
-
-    def alignment(self, basis: Labelled, **options: Any) -> xr.DataArray:
-        """Alignment of the weight with a subspace: :func:`hild_xr.analysis.alignment`."""
-        return self._array("alignment", "weight", _variable(basis, "eigenvectors"), **options)
-
-    def flatten_like(self, block: Labelled) -> xr.DataArray:
-        """Bring all layers of a node into a block's flat layout: :func:`hild_xr.analysis.flatten_like`.
+    def analyze(
+        self,
+        what: str | Iterable[str],
+        out: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> xr.DataTree:
+        """Apply analyses of a whole run by name: :func:`hild_xr.analyze.analyze`.
 
         Raises
         ------
@@ -91,19 +95,11 @@ class HildAccessor:
         """
         if not isinstance(self._labelled, xr.DataTree):
             raise TypeError(
-                f"a {type(self._labelled).__name__} holds one layer; take the node above the layers, as in "
-                "run['weights'].hild.flatten_like(...)"
+                f"a {type(self._labelled).__name__} is no run; analyze the tree that hx.open returned"
             )
-        flat: xr.DataArray = _analysis("flatten_like")(self._labelled, _variable(block, "eigenvectors"))
-        return flat
+        from hild_xr.analyze import analyze
 
-    def outliers(self, **options: Any) -> xr.Dataset:
-        """Outliers of the spectrum: :func:`hild_xr.analysis.outliers`."""
-        return self._dataset("outliers", "eigenvalues", **options)
-
-    def rank(self, **options: Any) -> xr.Dataset:
-        """Numerical, stable and effective rank: :func:`hild_xr.analysis.rank`."""
-        return self._dataset("rank", "eigenvalues", **options)
+        return analyze(self._labelled, what, out, **options)
 
     def refresh(self) -> xr.DataTree:
         """Show what is committed now, without opening anew: :func:`hild_xr.store.refresh_run`.
@@ -124,20 +120,27 @@ class HildAccessor:
 
         return refresh_run(self._labelled)
 
-    def _apply(self, function: str, variable: str, *arguments: object, **options: Any) -> Any:
-        return _analysis(function)(_variable(self._labelled, variable), *arguments, **options)
+    def _forward(self, name: str, takes: Forward, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call the function on the variables of this object and of the arguments."""
+        first, *own = takes.own
+        variables = [_variable(self._labelled, first)]
+        others = takes.others
+        if isinstance(self._labelled, xr.DataArray):
+            others = (*own, *others)  # an array is one variable: the rest must be given
+        else:
+            variables += [_variable(self._labelled, variable) for variable in own]
+        given = [
+            _variable(argument, variable)
+            if isinstance(argument, xr.DataArray | xr.Dataset | xr.DataTree)
+            else argument
+            for argument, variable in zip(arguments, others, strict=False)
+        ]
+        function: Callable[..., Any] = getattr(importlib.import_module(takes.module), name)
+        return function(*variables, *given, *arguments[len(given) :], **options)
 
-    def _array(self, function: str, variable: str, *arguments: object, **options: Any) -> xr.DataArray:
-        array: xr.DataArray = self._apply(function, variable, *arguments, **options)
-        return array
 
-    def _dataset(self, function: str, variable: str, **options: Any) -> xr.Dataset:
-        dataset: xr.Dataset = self._apply(function, variable, **options)
-        return dataset
-
-    def _subspaces(self, function: str, other: Labelled, **options: Any) -> xr.DataArray:
-        return self._array(function, "eigenvectors", _variable(other, "eigenvectors"), **options)
-
+for _name, _takes in FORWARDED.items():
+    setattr(HildAccessor, _name, _method(_name, _takes))
 
 for _register in (
     xr.register_dataarray_accessor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -111,6 +112,136 @@ def validate(
         raise typer.Exit(EXIT_WRONG)
 
 
+@app.command()
+def analyze(
+    run: Annotated[str | None, typer.Argument(help="Path or URL of a stored run.")] = None,
+    what: Annotated[str | None, typer.Option(help="Analyses, with commas between: angles,outliers.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results, a labelled Zarr store.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of an analysis: outliers.method=relative. Repeatable.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Take this seed only. Repeatable.")] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Take these layers only: a name or a pattern, fc1.*. Repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a dask scheduler, or its scheduler file.")
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="List the analyses and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
+) -> None:
+    """Analyse a stored run and write the results as a labelled store.
+
+    Everything is computed chunk by chunk, so neither the run nor the results have to fit
+    into memory. The results get their name when all are written. Any xarray opens them:
+    xr.open_datatree("RESULT.zarr", engine="zarr").
+
+    The exit code is 1 if the run does not hold what an analysis needs, or an analysis that
+    another package brings fails; 2 for wrong usage. Nothing is written then.
+    """
+    from hild_xr.analysis.named import AnalysisError, BrokenAnalysisError, NotRecordedError
+
+    if listing:
+        _list_analyses(as_json=as_json)
+        return
+    if run is None or what is None or out is None:
+        raise typer.BadParameter("give a run, --what and --out; or --list to see what there is")
+    from hild_xr.analyze import analyze as run_analyses
+
+    try:
+        with _cluster(scheduler):
+            results = run_analyses(
+                run,
+                what,
+                out,
+                options=_options(option or []),
+                seeds=seed,
+                layers=layer,
+                overwrite=overwrite,
+                progress=not quiet,
+            )
+    except (NotRecordedError, BrokenAnalysisError) as error:
+        _fail(error, exit_code=EXIT_WRONG)
+    except AnalysisError as error:
+        _fail(error)
+    written = {
+        node.path: {str(name): dict(array.sizes) for name, array in node.data_vars.items()}
+        for node in results.subtree
+        if node.data_vars
+    }
+    left_out = {name: node.attrs["left_out"] for name, node in results.items() if "left_out" in node.attrs}
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "results": written, "left_out": left_out}, indent=2))
+        return
+    for path, arrays in written.items():
+        typer.echo(f"{path}: {', '.join(arrays)}")
+    for name, reasons in left_out.items():
+        for path, reason in reasons.items():
+            typer.echo(f"/{name}/{path} left out: {reason}")
+    typer.echo(f"results: {out}")
+
+
+def _list_analyses(*, as_json: bool) -> None:
+    from hild_xr.analysis.named import NamedAnalysis, list_analyses
+
+    found = list_analyses()
+    if as_json:
+        listed = {
+            name: {
+                "sentence": analysis.sentence,
+                "needs": dict(analysis.needs),
+                "options": analysis.options,
+                "distribution": analysis.distribution,
+            }
+            if isinstance(analysis, NamedAnalysis)
+            else {"error": str(analysis)}
+            for name, analysis in found.items()
+        }
+        typer.echo(json.dumps(listed, indent=2, default=repr))
+        return
+    for name, analysis in found.items():
+        if isinstance(analysis, NamedAnalysis):
+            options = f" [{', '.join(analysis.options)}]" if analysis.options else ""
+            typer.echo(f"{name}: {analysis.sentence}{options}")
+        else:
+            typer.echo(f"{name}: broken. {analysis}")
+
+
+def _options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options by analysis from ``analysis.option=value``; a value is JSON, or else text."""
+    options: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        place, equals, value = text.partition("=")
+        analysis, dot, name = place.partition(".")
+        if not (equals and dot and analysis and name):
+            raise typer.BadParameter(f"expected analysis.option=value, came {text!r}")
+        try:
+            options.setdefault(analysis, {})[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options.setdefault(analysis, {})[name] = value
+    return options
+
+
+def _cluster(scheduler: str | None) -> AbstractContextManager[object]:
+    """Return a client of the cluster, to be active while it is entered."""
+    if scheduler is None:
+        return nullcontext()
+    try:
+        import distributed
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "--scheduler needs dask.distributed: pip install 'hild-xr[cluster]'", name="distributed"
+        ) from error
+    client: Any = distributed.Client
+    if Path(scheduler).is_file():
+        connected: AbstractContextManager[object] = client(scheduler_file=scheduler)
+    else:
+        connected = client(scheduler)
+    return connected
+
+
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -159,9 +290,9 @@ def main() -> None:
         _fail(error)
 
 
-def _fail(error: Exception, message: str | None = None) -> NoReturn:
+def _fail(error: Exception, message: str | None = None, exit_code: int = EXIT_USAGE) -> NoReturn:
     typer.echo(f"hild-xr: {error if message is None else message}", err=True)
-    raise SystemExit(EXIT_USAGE) from error
+    raise SystemExit(exit_code) from error
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from zarr.storage import MemoryStore
 import hild_xr.accessor  # noqa: F401  # registers .hild
 from hild_xr import analysis
 from hild_xr.accessor import HildAccessor
+from hild_xr.forwarding import ANY, FORWARDED, NOT_FORWARDED
 from hild_xr.store import RunWriter, open_run
 from hild_xr.testing import random_record, spectrum_plan
+from hild_xr.variables import VARIABLES
 
 
 def run() -> xr.DataTree:
@@ -63,10 +66,75 @@ def test_methods__give_what_the_functions_give(kind: str) -> None:
     assert same(lam.hild.rank(rtol=0.1), analysis.rank(eigenvalues, rtol=0.1))
 
 
-def test_methods__have_the_names_of_public_functions() -> None:
+def test_methods__forward_to_every_public_function_or_say_why_not() -> None:
+    public = {*analysis.__all__, *analysis.features.__all__}
+    assert sorted(public - FORWARDED.keys() - NOT_FORWARDED.keys()) == []
+    assert sorted((FORWARDED.keys() | NOT_FORWARDED.keys()) - public) == []
+    assert not FORWARDED.keys() & NOT_FORWARDED.keys()
     methods = {name for name, _ in inspect.getmembers(HildAccessor, inspect.isfunction) if name[0] != "_"}
-    assert methods - {"refresh"} <= set(analysis.__all__)
-    assert len(methods) == 10
+    assert methods - {"refresh", "analyze"} == FORWARDED.keys()
+
+
+@pytest.mark.parametrize("name", FORWARDED)
+def test_methods__hand_over_declared_variables_to_arguments_that_are_there(name: str) -> None:
+    takes = FORWARDED[name]
+    function = getattr(importlib.import_module(takes.module), name)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds]
+    handed = (*takes.own, *takes.others)
+    arrays = [p for p in parameters if "DataArray" in str(p.annotation) or p.annotation == "Layers"]
+    assert parameters[: len(handed)] == arrays[: len(handed)]
+    names = {variable for taken in handed for variable in taken.strip("/").split("|")} - {"", ANY}
+    assert names <= VARIABLES.keys()
+
+
+def test_methods__take_several_variables_of_one_node_or_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    node = xr.Dataset(
+        {
+            "quadrature_nodes": (("step", "probe", "node"), rng.standard_normal((3, 2, 5))),
+            "quadrature_weights": (("step", "probe", "node"), np.full((3, 2, 5), 0.2)),
+        }
+    )
+    nodes, weights = node["quadrature_nodes"], node["quadrature_weights"]
+    expected = analysis.spectral_distribution(nodes, weights, [0.0, 1.0])
+    assert same(node.hild.spectral_distribution([0.0, 1.0]), expected)
+    assert same(nodes.hild.spectral_distribution(weights, [0.0, 1.0]), expected)
+    assert same(nodes.hild.spectral_distribution(node, [0.0, 1.0]), expected)
+
+
+def test_methods__take_the_first_variable_that_is_there() -> None:
+    values = np.exp(np.linspace(0, 5, 50))
+    node = xr.Dataset({"singular_values": ("eig", values)})
+    assert same(node.hild.tail_index(dim="eig"), analysis.tail_index(node["singular_values"], dim="eig"))
+    with pytest.raises(KeyError, match="expected a variable 'eigenvalues' or 'singular_values'"):
+        WEIGHT.hild.tail_index()
+
+
+def test_methods__take_all_layers_of_a_node_or_one() -> None:
+    rng = np.random.default_rng(0)
+    labels = xr.DataArray([0, 0, 1, 1], dims="sample")
+    layer = xr.Dataset({"activations": (("sample", "unit"), rng.standard_normal((4, 3)))})
+    tree = xr.DataTree.from_dict({"/fc1": layer, "/fc2": 2 * layer})
+    separation = analysis.features.separation
+    assert same(tree.hild.separation(labels), separation(tree, labels))
+    assert tree.hild.separation(labels).sizes["layer"] == 2
+    one = separation(layer["activations"], labels)
+    assert same(tree["fc1"].hild.separation(labels), one)
+    assert same(layer.hild.separation(labels), one)
+
+
+def test_methods__have_a_docstring_that_leads_to_the_function() -> None:
+    assert "hild_xr.analysis.alignment" in str(HildAccessor.alignment.__doc__)  # type: ignore[attr-defined]
+    assert HildAccessor.alignment.__name__ == "alignment"  # type: ignore[attr-defined]
+
+
+def test_analyze__is_the_function_of_the_run() -> None:
+    results = TREE.hild.analyze("outliers", options={"outliers": {"method": "relative"}})
+    expected = analysis.outliers(LAMBDA["eigenvalues"], method="relative")
+    xr.testing.assert_identical(results["outliers/hessian"].to_dataset(), expected)
+    with pytest.raises(TypeError, match="a DataArray is no run"):
+        WEIGHT["weight"].hild.analyze("outliers")
 
 
 def test_methods__name_the_nodes_that_have_the_variable() -> None:

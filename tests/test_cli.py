@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import xarray as xr
 from typer.testing import CliRunner
 
 from hild_xr import __version__, cli
@@ -28,6 +29,7 @@ def test_help__names_every_command() -> None:
     shown = runner.invoke(cli.app, ["--help"]).output
     assert "reproduce" in shown
     assert "info" in shown
+    assert "analyze" in shown
 
 
 def test_version__is_the_package_s() -> None:
@@ -172,3 +174,137 @@ def test_validate__as_json_is_for_programs(run_path: Path) -> None:
     assert [(finding["severity"], finding["place"]) for finding in told["findings"]] == [
         ("error", "metrics/train_loss/c/0/0")
     ]
+
+
+@pytest.fixture
+def spectra_path(tmp_path: Path) -> Path:
+    plan, path = spectrum_plan(seeds=(0, 1)), tmp_path / "spectra.zarr"
+    for seed in (0, 1):
+        with RunWriter(path, plan, seed) as writer:
+            for step in (0, 1, 2):
+                for probe in plan.probes:
+                    writer.write(probe, step, random_record(plan, probe, seed=seed, step=step))
+    return path
+
+
+def test_analyze__writes_a_labelled_store_and_says_what_is_in_it(spectra_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.zarr"
+    shown = runner.invoke(
+        cli.app, ["analyze", str(spectra_path), "--what", "angles,outliers", "--out", str(out), "--quiet"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.splitlines() == [
+        "/outliers/hessian: bulk_edge, bulk_reached, gap_ratio, outlier_count",
+        "/angles/hessian/fc.weight: principal_angles",
+        f"results: {out}",
+    ]
+    opened = xr.open_datatree(out, engine="zarr")
+    assert opened["angles/hessian/fc.weight/principal_angles"].dims == ("seed", "step", "step_", "angle")
+    assert opened.attrs["source"] == str(spectra_path)
+
+
+def test_analyze__as_json_is_for_programs(spectra_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.zarr"
+    arguments = ["--what", "rank", "--option", "rank.rtol=0.5", "--seed", "1", "--layer", "fc.*", "--json"]
+    shown = runner.invoke(cli.app, ["analyze", str(spectra_path), "--out", str(out), *arguments])
+    assert shown.exit_code == 0, shown.output
+    told = json.loads(shown.stdout)
+    assert told["out"] == str(out)
+    assert told["left_out"] == {}
+    assert told["results"]["/rank/weights/fc.weight"]["stable_rank"] == {"seed": 1, "step": 3}
+    opened = xr.open_datatree(out, engine="zarr")
+    assert opened["rank/hessian/numerical_rank"].attrs["rtol"] == 0.5
+    assert opened.attrs["hild_xr_analyses"] == {"rank": {"rtol": 0.5}}
+
+
+def test_analyze__takes_options_of_every_kind() -> None:
+    found = cli._options(["a.k=3", "a.method=relative", "b.x=[1, 2]", "b.y=null", 'b.z="4"'])
+    assert found == {"a": {"k": 3, "method": "relative"}, "b": {"x": [1, 2], "y": None, "z": "4"}}
+
+
+def test_analyze__lists_what_there_is() -> None:
+    shown = runner.invoke(cli.app, ["analyze", "--list"])
+    assert shown.exit_code == 0
+    assert "outliers: Number of outliers of every spectrum, " in shown.output
+    listed = json.loads(runner.invoke(cli.app, ["analyze", "--list", "--json"]).output)
+    assert listed["alignment"]["needs"]["weight"] == "rec.Weights()"
+    assert listed["angles"] == {
+        "sentence": "Principal angles between the eigenspaces of all pairs of steps.",
+        "needs": {"eigenvectors": listed["alignment"]["needs"]["eigenvectors"]},
+        "options": {"k": None},
+        "distribution": "hild-xr",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--what", "ranks"], 2, "no analysis 'ranks'; did you mean 'rank'?"),
+        (["--what", "angles", "--option", "angles.j=1"], 2, "has no option 'j'; it takes k"),
+        (["--what", "angles", "--layer", "conv"], 2, "expected layers of the run, came 'conv'"),
+        (["--what", "angles", "--seed", "4"], 2, "expected seeds of the run, came [4]"),
+        (["--what", "rank,projection"], 1, "'gradient' is recorded by rec.Gradient()"),
+        (["--what", "angles", "--option", "angles.k=3"], 1, "2 eigenvectors recorded, k=3 asked for"),
+    ],
+)
+def test_analyze__that_cannot_be_done_writes_nothing_and_says_why_in_one_line(
+    spectra_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    said: str,
+) -> None:
+    out = tmp_path / "results.zarr"
+    monkeypatch.setattr("sys.argv", ["hild-xr", "analyze", str(spectra_path), "--out", str(out), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert shown.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_analyze__replaces_results_only_if_asked_to(
+    spectra_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["analyze", str(spectra_path), "--what", "rank", "--out", str(tmp_path / "a.zarr"), "--quiet"]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    assert "a.zarr exists; choose another path" in assert_refused(arguments, monkeypatch, capsys)
+    assert runner.invoke(cli.app, [*arguments, "--overwrite"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["run.zarr"], ["run.zarr", "--what", "rank"], ["--what", "rank", "--out", "a.zarr"]]
+)
+def test_analyze__without_run_or_what_or_out_is_a_usage_error(arguments: list[str]) -> None:
+    shown = runner.invoke(cli.app, ["analyze", *arguments])
+    assert shown.exit_code == 2
+    assert "give a run, --what and --out" in shown.output
+
+
+def test_analyze__option_that_cannot_be_read_is_a_usage_error(spectra_path: Path, tmp_path: Path) -> None:
+    arguments = ["--what", "rank", "--out", str(tmp_path / "a.zarr"), "--option", "rtol=0.1"]
+    shown = runner.invoke(cli.app, ["analyze", str(spectra_path), *arguments])
+    assert shown.exit_code == 2
+    assert "expected analysis.option=value, came 'rtol=0.1'" in " ".join(shown.output.split())
+
+
+def test_analyze__of_no_run_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "analyze",
+        str(tmp_path / "absent.zarr"),
+        "--what",
+        "rank",
+        "--out",
+        str(tmp_path / "a.zarr"),
+    ]
+    assert_refused(arguments, monkeypatch, capsys)
