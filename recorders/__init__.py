@@ -13,13 +13,16 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError('hild_xr.recorders needs torch: pip install "hild-xr[torch]"') from error
 
-from hild_xr.recorders import curvature, problems
+from hild_xr.recorders import curvature, landscape, problems
 from hild_xr.recorders.curvature import NonFiniteCurvatureError
 from hild_xr.recorders.ensemble import EnsembleRecorder
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes import (
+    AGOP,
+    ConjugateKernel,
     Density,
     Diagonal,
+    Features,
     Fisher,
     FrobeniusNorm,
     GaussNewton,
@@ -28,20 +31,26 @@ from hild_xr.recorders.probes import (
     Hessian,
     Metrics,
     OutOfRangeWarning,
+    Outputs,
     Probe,
     Snapshot,
+    TangentKernel,
     Trace,
     Weights,
 )
+from hild_xr.recorders.rebuilt import load_weights, over_records
 from hild_xr.recorders.recorder import Estimate, NonFiniteRecordWarning, Recorder
 from hild_xr.recorders.schedule import Schedule, at, every, log_spaced, log_then_linear
 from hild_xr.sketch import JohnsonLindenstrauss
 
 __all__ = [
+    "AGOP",
+    "ConjugateKernel",
     "Density",
     "Diagonal",
     "EnsembleRecorder",
     "Estimate",
+    "Features",
     "Fisher",
     "FrobeniusNorm",
     "GMatrix",
@@ -54,16 +63,21 @@ __all__ = [
     "NonFiniteRecordWarning",
     "Objective",
     "OutOfRangeWarning",
+    "Outputs",
     "Probe",
     "Recorder",
     "Schedule",
     "Snapshot",
+    "TangentKernel",
     "Trace",
     "Weights",
     "at",
     "curvature",
     "every",
+    "landscape",
+    "load_weights",
     "log_spaced",
     "log_then_linear",
+    "over_records",
     "problems",
 ]
