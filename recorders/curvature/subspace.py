@@ -221,6 +221,14 @@ class Subspace:
         self.scale = torch.maximum(self.scale, ritz.eigenvalues.abs().amax(-1))
         self.filled = keep
 
+    def taken_apart(self, ritz: Ritz, keep: int) -> Tensor:
+        """Return the best Ritz vectors and let go of all else; the end of this subspace."""
+        self.products = self.products[:, :0].clone()  # first: the vectors need room
+        rotate_in_place(self.vectors, ritz.coefficients[:, :keep].to(self.vectors), self.filled)
+        vectors = self.vectors[:, :keep].clone()  # a copy, so that the basis goes
+        self.vectors = vectors[:, :0]
+        return vectors
+
     def select(self, mask: Tensor) -> Self:
         """Return the problems of a mask; all of them without a copy."""
         if bool(mask.all()):
@@ -284,7 +292,8 @@ class Subspace:
         """Put random unit vectors orthogonal to the basis after it, in the problems of the mask."""
         if not bool(where.any()):
             return
-        there = where.to(self.vectors.device)
+        # a mask would copy the basis of a large block
+        there = slice(None) if bool(where.all()) else where.to(self.vectors.device)
         basis = self.vectors[there, : self.filled]
         vector = self.matrices.random(int(where.sum()))
         for _ in range(3):
