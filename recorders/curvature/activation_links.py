@@ -46,8 +46,9 @@ def find_link(loss: Tensor, z: Tensor, h: Tensor) -> ActivationLink | None:
     """Return the link from the output z of a layer to the input h of another one, if it is one.
 
     Two things must hold. In the graph of the loss, every way from z leads through h and
-    from there into one operation, the other layer. And h depends on z number by number,
-    which a product with random signs tells.
+    from there into one operation, the other layer. And h depends on z number by number, by its
+    first and by its second derivatives there, which products with random numbers tell. The first
+    ones would not do: those of ``z * sigmoid(mean(z))`` are diagonal at z = 0, where layers may begin.
 
     Parameters
     ----------
@@ -69,20 +70,35 @@ def find_link(loss: Tensor, z: Tensor, h: Tensor) -> ActivationLink | None:
     """
     if h.shape != z.shape or h.grad_fn is None or z.grad_fn is None or not _is_only_way(loss, z, h):
         return None
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, z.shape, generator=generator).to(h) * 2 - 1
-    (slope,) = torch.autograd.grad(h, z, torch.ones_like(h), create_graph=True)
+    ones = torch.ones_like(h)
+    left, right = _factors(h)
+    (slope,) = torch.autograd.grad(h, z, ones, create_graph=True)
     # with a graph too, for some activations are then differentiated by another formula
-    (mixed,) = torch.autograd.grad(h, z, signs, create_graph=True)
-    if not torch.equal(mixed, slope * signs):
+    (mixed,) = torch.autograd.grad(h, z, left, create_graph=True)
+    if not torch.equal(mixed, slope * left):
         return None
-    bend = torch.zeros_like(z, requires_grad=False)
-    if slope.requires_grad:
-        (found,) = torch.autograd.grad(
-            slope, z, torch.ones_like(slope), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        bend = found.detach()
+    bend = _second(slope, z, ones)
+    if not torch.equal(_second(mixed, z, right), bend * left * right):
+        return None
     return ActivationLink(slope.detach(), bend)
+
+
+def _factors(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors of random signs times powers of two, by which products are not rounded."""
+    values = torch.tensor([1, 2, 4, 8, -1, -2, -4, -8], dtype=like.dtype)
+    chosen = torch.randint(0, 8, (2, *like.shape), generator=torch.Generator().manual_seed(0))
+    left, right = values[chosen].to(like.device)
+    return left, right
+
+
+def _second(first: Tensor, z: Tensor, factors: Tensor) -> Tensor:
+    """Return the derivative by z of a first derivative times factors; zero where it is constant."""
+    if not first.requires_grad:
+        return torch.zeros_like(z, requires_grad=False)
+    (found,) = torch.autograd.grad(
+        first, z, factors, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return found.detach()
 
 
 def _is_only_way(loss: Tensor, z: Tensor, h: Tensor) -> bool:

@@ -20,7 +20,7 @@ class NonFiniteCurvatureError(ArithmeticError):
     Examples
     --------
     >>> print(NonFiniteCurvatureError("fc1.weight", "a product"))
-    a product of 'fc1.weight' is NaN or infinite: the loss has diverged or overflowed ...
+    a product of 'fc1.weight' is NaN or infinite: the data hold NaN or infinity, or the loss ...
     """
 
     def __init__(self, block: str, what: str) -> None:
@@ -30,6 +30,7 @@ class NonFiniteCurvatureError(ArithmeticError):
 
     def __str__(self) -> str:
         return (
-            f"{self.what} of {self.block!r} is NaN or infinite: the loss has diverged or overflowed at "
-            "these parameters; lower the learning rate, or compute with dtype=torch.float64"
+            f"{self.what} of {self.block!r} is NaN or infinite: the data hold NaN or infinity, or the loss "
+            "has diverged, overflowed or has no derivative here. See whether inputs and targets "
+            "pass torch.isfinite; then lower the learning rate, or compute with dtype=torch.float64"
         )

@@ -22,7 +22,9 @@ class FunctionalModel:
     The trainable parameters become detached leaves that share the memory of the
     model's own (or a copy in another precision), so gradients, ``.grad``,
     parameter hooks and the user's graph are never touched. Every call gets fresh
-    clones of the buffers, so it is the same function each time.
+    clones of the buffers, so it is the same function each time. A module may be
+    reached under several names, and modules may share parameters: what is one tensor
+    in the model is one here, and its derivative that of all its uses.
 
     Parameters
     ----------
@@ -40,7 +42,7 @@ class FunctionalModel:
     Raises
     ------
     ValueError
-        If no parameter requires gradients.
+        If no parameter requires gradients, or one of those that do has no elements.
     TypeError
         If a trainable parameter is complex.
 
@@ -61,6 +63,12 @@ class FunctionalModel:
                     f"parameter {name!r} is complex: curvature is defined here for real parameters; "
                     "hold its real and imaginary parts as two parameters"
                 )
+            if parameter.requires_grad and parameter.numel() == 0:
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} has no elements, so it has no "
+                    "curvature: freeze it with requires_grad_(False), which changes nothing in training, or "
+                    "take its layer out"
+                )
             value = cast(parameter.detach(), dtype)
             if parameter.requires_grad:
                 self.trainable[name] = value.requires_grad_(True)
@@ -72,19 +80,37 @@ class FunctionalModel:
                 "unfreeze the parameters of interest"
             )
         self._buffers = {name: cast(buffer.detach(), dtype) for name, buffer in self.model.named_buffers()}
+        self._names_at = _names_at_places(self.model)
 
     def __call__(self, inputs: Inputs, trainable: Mapping[str, Tensor] | None = None) -> Any:
         """Return the model's outputs, with ``trainable`` in place of some of the parameters."""
-        state = {**self._fixed, **self.trainable, **(trainable or {})}
-        state |= {name: buffer.clone() for name, buffer in self._buffers.items()}
-        if isinstance(inputs, dict):
-            return torch.func.functional_call(self.model, state, (), inputs)
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        return torch.func.functional_call(self.model, state, args)
+        values = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        values |= {**self._fixed, **self.trainable, **(trainable or {})}
+        state = {place: values[name] for place, name in self._names_at.items()}
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
+        # tie_weights=True would put values in by every name of a module; where it has two, the
+        # second put meets the first one's value, takes it for the original and leaves it behind.
+        return torch.func.functional_call(self.model, state, args, kwargs, tie_weights=False)
 
     def flat(self, names: tuple[str, ...]) -> Tensor:
         """Return the named parameters flattened into one detached vector."""
         return torch.cat([self.trainable[name].detach().reshape(-1) for name in names])
+
+
+def _names_at_places(model: nn.Module) -> dict[str, str]:
+    """Return which tensor each attribute of each module holds, each module under one name only.
+
+    Keys are paths to the attributes; values the names that ``named_parameters()`` and
+    ``named_buffers()`` give the tensors, of which tied attributes have one.
+    """
+    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    names |= {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{path}.{attribute}" if path else attribute: names[id(tensor)]
+        for path, module in model.named_modules()
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    }
 
 
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:

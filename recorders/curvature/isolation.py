@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -45,18 +46,21 @@ def isolated(model: nn.Module) -> Iterator[None]:
     * every module is in eval mode (dropout off, BatchNorm on its running statistics);
     * gradients can be taken, also when the caller is under ``torch.no_grad`` or
       ``torch.inference_mode``;
+    * backward hooks of modules, also global ones, do not run: they could change the gradients that the
+      measurement takes, and their side effects are meant for training;
     * autocast is off, attention uses the math kernel and recurrent layers avoid
       cuDNN, since fused kernels have no double backward.
 
     On leaving, also through an exception, each module's own train/eval flag, the
     RNG states of torch (CPU, and the CUDA devices that hold the model), the
-    buffers and the global switches are as before. Parameters and ``.grad`` are
-    never touched.
+    buffers, the backward hooks and the global switches are as before. Parameters
+    and ``.grad`` are never touched.
 
     Parameters
     ----------
     model
-        The model. Its forward hooks run as usual.
+        The model. Its forward hooks run as usual, since its outputs may depend on them,
+        and with them what they hang on tensors (``Tensor.register_hook``).
 
     Warnings
     --------
@@ -80,6 +84,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_restored_buffers(model))
+        stack.enter_context(_no_backward_hooks(model))
         stack.enter_context(_uncompiled())
         for device_type in sorted({"cpu"} | {device.type for device in devices}):
             stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -173,6 +178,27 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
                 # buffer; the counter itself does not tell, since BatchNorm does not move it.
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
+
+
+@contextmanager
+def _no_backward_hooks(model: nn.Module) -> Iterator[None]:
+    # Dicts are exchanged rather than emptied, so that the users' own come back as they are, and a
+    # handle removed inside takes its hook out of the right one.
+    places: list[tuple[dict[str, Any], str]] = [
+        (vars(module), name)
+        for module in model.modules()
+        for name in ("_backward_hooks", "_backward_pre_hooks")
+    ]
+    of_all = vars(nn.modules.module)
+    places += [(of_all, "_global_backward_hooks"), (of_all, "_global_backward_pre_hooks")]
+    saved = [owner[name] for owner, name in places]
+    try:
+        for owner, name in places:
+            owner[name] = OrderedDict()
+        yield
+    finally:
+        for (owner, name), hooks in zip(places, saved, strict=True):
+            owner[name] = hooks
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hild_xr.recorders.curvature import Curvature, graph
+from hild_xr.recorders.curvature import Curvature, graph, resolve_blocks
 from hild_xr.recorders.curvature.activation_links import find_link
+from hild_xr.recorders.curvature.operators import WeightedRows
 from hild_xr.recorders.objective import Objective
 
 
@@ -65,6 +66,72 @@ def test_link__is_found_through_an_activation_with_its_derivatives(name: str) ->
 )
 def test_link__is_none_where_numbers_mix(between: Callable[[Tensor], Tensor]) -> None:
     assert not linked(between)
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda z: z * torch.sigmoid(z.mean(1, keepdim=True)),
+    "softmax": lambda z: z * torch.softmax(z, 1),
+    "over samples": lambda z: z * torch.sigmoid(z.mean(0)),
+    "next": lambda z: z + z**2 * z.roll(1, 1),
+    "squares": lambda z: z + z.square().sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (2, 1), (3, 3), (7, 5)])
+def test_link__is_none_where_only_second_derivatives_mix(name: str, shape: tuple[int, int]) -> None:
+    z = torch.zeros(shape, dtype=torch.float64)
+    jacobian, second = torch.func.jacrev(GATES[name])(z), torch.func.jacrev(torch.func.jacrev(GATES[name]))(z)
+    d = z.numel()
+    index = torch.arange(d)
+    off = second.reshape(d, d, d).clone()
+    off[index, index, index] = 0
+    off_first = jacobian.reshape(d, d).clone()
+    off_first[index, index] = 0
+    assert bool((off_first == 0).all())
+    mixes = bool((off != 0).any())
+    assert mixes == (name != "next" and shape[0 if name == "over samples" else 1] > 1)
+    start = z.requires_grad_().clone()
+    h = GATES[name](start)
+    assert (find_link((h @ torch.ones(shape[1], 1).double()).sum(), start, h) is None) == mixes
+
+
+class Gated(nn.Module):
+    """A gate of all outputs of a layer, which begins at zero."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
+        self.gate = gate
+        nn.init.zeros_(self.first.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.second(self.gate(self.first(x)))
+        return outputs
+
+
+@pytest.mark.parametrize("name", ["mean", "softmax", "squares"])
+@pytest.mark.parametrize("few", [1, 65])
+def test_rows__behind_a_gate_at_zero_are_those_of_the_dense_matrix(
+    name: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Gated(GATES[name]).double()
+    x = torch.randn(9, 4, dtype=torch.float64)
+    objective = Objective(F.cross_entropy, x, torch.arange(9) % 3)
+    monkeypatch.setattr(graph, "_FEW_OUTPUTS", few)
+
+    def loss(weight: Tensor) -> Tensor:
+        return F.cross_entropy(model.second(model.gate(x @ weight.T)), objective.targets)
+
+    dense = torch.func.hessian(loss)(model.first.weight.detach()).detach()
+    with Curvature(model, objective) as curvature:
+        (operator,) = curvature.operators(resolve_blocks(model, "rows", "first.weight"), "hessian")
+        assert isinstance(operator, WeightedRows)
+        found = operator.matrix(torch.arange(6))
+    expected = torch.stack([dense[c, :, c, :] for c in range(6)])
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

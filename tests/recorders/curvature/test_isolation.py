@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from hild_xr.recorders.curvature import Curvature, MatrixKind
 from hild_xr.recorders.curvature.isolation import Measurement, isolated, unwrapped
+from hild_xr.recorders.objective import Objective
 
 
 def model() -> nn.Sequential:
@@ -67,6 +70,77 @@ def test_isolated__leaves_the_version_of_untouched_buffers() -> None:
     with isolated(net):
         net(torch.randn(8, 3))
     assert [buffer._version for buffer in net.buffers()] == versions
+
+
+def doubling(module: nn.Module, *gradients: Any) -> tuple[Tensor | None, ...]:
+    """Double the gradients by the inputs, or by the outputs, of a module."""
+    return tuple(None if g is None else 2 * g for g in gradients[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_isolated__runs_no_backward_hook_and_leaves_all_of_them_in_place(fails: bool, of_all: bool) -> None:
+    net, calls = model(), []
+
+    def noted(*args: Any) -> Any:
+        calls.append(args[0])
+        return doubling(*args)
+
+    every = nn.modules.module
+    handles = [
+        every.register_module_full_backward_hook(noted)
+        if of_all
+        else net[0].register_full_backward_hook(noted),
+        every.register_module_full_backward_pre_hook(noted)
+        if of_all
+        else net[3].register_full_backward_pre_hook(noted),
+    ]
+    removed = net[1].register_full_backward_hook(noted)
+    inputs = torch.randn(8, 3, requires_grad=True)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(net(inputs).square().sum(), inputs)[0]
+
+    try:
+        hooks = [(m._backward_hooks, dict(m._backward_hooks)) for m in net.modules()]
+        try:
+            with isolated(net):
+                isolated_gradient = gradient()
+                assert calls == []
+                if fails:
+                    raise KeyError("inside")
+        except KeyError:
+            assert fails
+        for module, (own, entries) in zip(net.modules(), hooks, strict=True):
+            assert module._backward_hooks is own
+            assert dict(own) == entries
+        with isolated(net):
+            removed.remove()
+        assert net[1]._backward_hooks == {}
+        net.eval()
+        outside = gradient()
+        assert set(calls) == (set(net.modules()) if of_all else {net[0], net[3]})
+        assert not torch.allclose(outside, isolated_gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(gradient(), isolated_gradient)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gmatrix"])
+def test_backward_hooks__are_no_part_of_the_curvature(matrix: MatrixKind) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    objective = Objective(F.cross_entropy, torch.randn(8, 3), torch.arange(8) % 2)
+
+    def curvature_of_it() -> Tensor:
+        with Curvature(net, objective) as curvature:
+            return curvature.eigenpairs(3, matrix=matrix, blocks="model")["model"].eigenvalues
+
+    expected = curvature_of_it()
+    net[1].register_full_backward_hook(doubling)
+    net[2].register_full_backward_pre_hook(doubling)
+    net[0].weight.register_hook(lambda gradient: 2 * gradient)
+    assert torch.equal(curvature_of_it(), expected)
 
 
 def test_measurement__can_be_entered_inside_itself_and_again() -> None:
