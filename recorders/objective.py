@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hild_xr.recorders.curvature.functional import FunctionalModel, Inputs, cast, map_inputs
 from hild_xr.recorders.curvature.isolation import isolated, unwrapped
+from hild_xr.recorders.mean_loss import Layout, check_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,7 +105,16 @@ class Objective:
         self.targets = _plain(targets)
         self.batch_size = batch_size
         self.l2 = float(l2)
-        self._checked = False
+        self._checked: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the models that were checked: a copy checks for itself."""
+        return {name: value for name, value in vars(self).items() if name != "_checked"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy."""
+        vars(self).update(state)
+        self._checked = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
         """Return the number of samples M."""
@@ -139,7 +150,7 @@ class Objective:
             batch_size=self.batch_size,
             l2=self.l2,
         )
-        moved._checked = self._checked
+        moved._checked = weakref.WeakKeyDictionary(self._checked)
         return moved
 
     def batches(self, dtype: torch.dtype | None = None) -> Iterator[tuple[Inputs, Tensor]]:
@@ -226,11 +237,13 @@ class Objective:
         return 0.5 * self.l2 * float(torch.stack(squares).sum())
 
     def check(self, model: nn.Module) -> None:
-        """Check that model, loss and data fit together: once on samples, and the device each time.
+        """Check that model, loss and data fit together: once a model on samples, and the device each time.
 
         Weighting batches by their size, and the G-matrix itself, presume that the
         loss is a mean over samples that do not see each other. So the loss of a few
-        samples together is compared with the mean of their single losses.
+        samples together is compared with the mean of their single losses, at the model's outputs
+        and at random ones; see :func:`~hild_xr.recorders.mean_loss.check_mean`. Of a
+        single sample it is only seen whether the model repeats itself.
 
         Raises
         ------
@@ -242,43 +255,36 @@ class Objective:
             If the loss function returns no scalar tensor.
         """
         self._check_device(model)
-        if self._checked or len(self) == 1:
+        inner = unwrapped(model)
+        if inner in self._checked:
             return
-        with isolated(model), torch.no_grad():
-            network = FunctionalModel(model)
+        with isolated(inner), torch.no_grad():
             index = self.some_samples()
-            inputs, targets = self.samples(index)
-            outputs = network(inputs)
-            together = self.mean_loss(outputs, targets)
-            if not bool(together.isfinite()):
-                return  # the caller meets the same value and reports that it is not finite
             singles = [self.samples(index[i : i + 1]) for i in range(len(index))]
-            try:
-                single_outputs = [network(inputs) for inputs, _ in singles]
-                losses = [self.mean_loss(o, t) for o, (_, t) in zip(single_outputs, singles, strict=True)]
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"the model or the loss fails on a single sample ({error}), so the loss is no mean over "
-                    "samples that do not see each other: use layers that treat samples apart (GroupNorm, "
-                    "BatchNorm with running statistics)"
-                ) from error
-            apart = torch.stack(losses)
-        tolerance = _tolerance(together.dtype)
-        if isinstance(outputs, Tensor) and not _same_rows(outputs, torch.cat(single_outputs), tolerance):
+            layout = check_mean(FunctionalModel(inner), self.mean_loss, self.samples(index), singles)
+        if layout is not None:  # else the caller meets the same value and reports that it is not finite
+            self._checked[inner] = layout
+
+    def check_rows(self, model: nn.Module) -> None:
+        """Check that the rows of a model's output are not taken for its samples by mistake.
+
+        Matrices that are built from the derivative at each sample's output know a sample by its row. An
+        output whose first dim is another one (time, say) is told from that by its length alone.
+
+        Raises
+        ------
+        ValueError
+            If such an output has by chance as many rows as a batch has samples; and see :meth:`check`.
+        """
+        self.check(model)
+        layout = self._checked.get(unwrapped(model), Layout())
+        size = min(self.batch_size or len(self), len(self))
+        if layout.foreign_rows in (size, len(self) % size or size):
             raise ValueError(
-                "the model's output for a sample changes with the other samples of its batch (or is random) "
-                "in eval mode, so the loss is no mean over samples: sampling, statistics "
-                "of the batch and attention across the batch do that; use a layer that treats samples apart "
-                "(GroupNorm, BatchNorm with running statistics)"
+                f"the first dim of the model's output is not that of samples, but has {layout.foreign_rows} "
+                "entries as a batch has samples, so this matrix cannot tell them apart: let the model return "
+                "samples first (.transpose(0, 1)), choose another batch_size, or take matrix='hessian'"
             )
-        if not abs(together - apart.mean()) <= tolerance * apart.abs().mean():
-            raise ValueError(
-                f"the loss of {len(index)} samples is {float(together):.6g}, but the mean of their "
-                f"single losses is {float(apart.mean()):.6g}: loss(outputs, targets) must be a mean over "
-                "samples. Use reduction='mean'; with class weights or ignored targets divide by the number "
-                "of samples, not by the sum of the weights"
-            )
-        self._checked = True
 
     def some_samples(self) -> Tensor:
         """Return indices of at most a few dozen samples, spread over the data and over its classes."""
@@ -312,17 +318,3 @@ def _plain(tensor: Tensor) -> Tensor:
     # torch.inference_mode cannot be saved for a backward pass; their clones can.
     with torch.inference_mode(False):
         return tensor.detach().clone()
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    # Kernels chosen for another batch size, and TF32 products on a GPU, round
-    # differently: about 2e-3 in float32 and 5e-7 in float64. What is looked for is of order 1.
-    return float(torch.finfo(dtype).eps ** 0.4)
-
-
-def _same_rows(together: Tensor, apart: Tensor, tolerance: float) -> bool:
-    if together.shape != apart.shape:
-        return False
-    finite = together.isfinite() & apart.isfinite()  # masked logits may be infinite
-    difference, scale = (together - apart)[finite].abs(), together[finite].abs()
-    return not finite.any() or bool(difference.max() <= tolerance * scale.max())

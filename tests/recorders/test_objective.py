@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -238,3 +241,52 @@ def test_value__works_under_inference_mode() -> None:
     expected = objective.value(net)
     with torch.inference_mode():
         assert objective.value(net) == expected
+
+
+def test_check__is_made_of_every_model() -> None:
+    x, y = data()
+    objective, good, coupled = Objective(F.cross_entropy, x, y), model(), nn.Sequential(model(), Centred())
+    for known in (objective, objective.to("cpu")):
+        known.check(good)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="changes with the other samples"):
+                known.check(coupled)
+
+
+def test_check__is_made_once_of_a_model_and_keeps_none_alive() -> None:
+    x, y = data()
+    calls: list[int] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(targets))
+        return F.cross_entropy(outputs, targets)
+
+    objective, net = Objective(loss, x, y), model()
+    objective.check(nn.DataParallel(net))
+    seen = len(calls)
+    objective.check(net)
+    objective.to("cpu").check(net)
+    assert len(calls) == seen > 0
+    alive = weakref.ref(net)
+    del net
+    gc.collect()
+    assert alive() is None
+
+
+def test_objective__can_be_pickled_and_copied_after_a_check() -> None:
+    x, y = data()
+    objective, net = Objective(F.cross_entropy, x, y, l2=0.1), model()
+    value = objective.value(net)
+    for other in (pickle.loads(pickle.dumps(objective)), copy.deepcopy(objective)):
+        assert other.value(net) == value
+
+
+def test_check__of_a_single_sample_finds_a_random_model() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) + torch.randn(len(inputs), 3)
+
+    x, y = data(1)
+    with pytest.raises(ValueError, match=r"two passes of the same sample .* random"):
+        Objective(F.cross_entropy, x, y).check(Noisy(4, 3))
+    Objective(F.cross_entropy, x, y).check(nn.Linear(4, 3))
