@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import xarray as xr
 from pydantic import JsonValue
 
 from hild_xr.plan import OWN_NODE, ArrayPlan, CoordPlan, NodePlan, ProbePlan
+from hild_xr.recorders.curvature.arguments import check_dtype, check_problem, whole_number
 from hild_xr.recorders.curvature.blocks import resolve_blocks
 from hild_xr.recorders.curvature.columns import FisherMC
 from hild_xr.recorders.curvature.foreign import foreign_operator
 from hild_xr.recorders.curvature.functional import cast, map_inputs
 from hild_xr.recorders.curvature.isolation import unwrapped
 from hild_xr.recorders.curvature.lanczos import lanczos_eigenpairs
+from hild_xr.recorders.curvature.solve import SolveOptions
 from hild_xr.recorders.in_memory import as_stored
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes.base import Probe, Snapshot
@@ -34,12 +39,11 @@ from hild_xr.recorders.probes.layout import flat_attrs
 from hild_xr.recorders.probes.settings import matrix_name
 from hild_xr.recorders.probes.spectrum import GMatrix, Hessian, Spectrum
 from hild_xr.recorders.wrappers import check_whole
-from hild_xr.variables import DIM_EIG, DIM_PARAM
+from hild_xr.variables import DIM_EIG, DIM_PARAM, DIM_SEED, DIM_SKETCH, DIM_STEP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
     from torch import nn
 
     from hild_xr.recorders.curvature.blocks import BlockKind, Groups
@@ -65,6 +69,10 @@ def eigenpairs(
     matrix_up_to: int = 0,
     sketch: SketchOption = None,
     include_regularizer: bool | None = None,
+    start: xr.DataTree | None = None,
+    guard: int = SolveOptions.guard,
+    probe_steps: int = SolveOptions.probe_steps,
+    seed: int = SolveOptions.seed,
     dtype: torch.dtype | None = None,
 ) -> xr.DataTree:
     r"""Return k eigenpairs of each block of a curvature matrix, labelled.
@@ -88,6 +96,16 @@ def eigenpairs(
     include_regularizer
         Whether the l2 term takes part; None for the matrix's default (see
         :meth:`~hild_xr.recorders.curvature.Curvature.eigenpairs`).
+    start
+        Eigenvectors of some training steps before, from which the search of a block begins: what this
+        function returned then, or one record of a store, as
+        ``run["hessian"].isel(seed=0).sel(step=100)``. Blocks that it does not hold, or holds as
+        NaN, are searched from random vectors; so are all without it. Where the vectors turned little
+        it takes a fraction of the products, but pairs that became larger since are not looked for.
+    guard, probe_steps, seed
+        How a search makes sure that it missed no pair, and the seed of its random vectors; see
+        :meth:`~hild_xr.recorders.curvature.Curvature.eigenpairs`. Settings other than
+        those of a recorder are kept in the attributes, the seed as ``search_seed``.
     dtype
         Precision to compute in and to return; None for the model's. Another one copies
         model and data.
@@ -105,9 +123,10 @@ def eigenpairs(
     NonFiniteCurvatureError
         If the loss or a product is NaN or infinite.
     ValueError
-        If an argument is out of range, or model, loss and data do not fit together.
+        If an argument is out of range, model, loss and data do not fit together, or ``start`` is more
+        than one record or holds none of the blocks.
     TypeError
-        If ``blocks`` is neither a text nor a mapping.
+        If an argument is of the wrong type.
 
     Examples
     --------
@@ -133,7 +152,11 @@ def eigenpairs(
         "sketch": sketch,
         "include_regularizer": include_regularizer,
     }
-    return _measured(_spectrum(matrix)(k, **settings), model, objective, dtype)
+    probe = _spectrum(matrix)(k, **settings)
+    probe.options = replace(probe.options, guard=guard, probe_steps=probe_steps, seed=seed)
+    if start is not None:
+        probe.start_from(_vectors(start))
+    return _measured(probe, model, objective, dtype)
 
 
 def density(
@@ -242,6 +265,7 @@ def trace(
     >>> rec.curvature.trace(model, objective)["trace"].values
     array([18.])
     """
+    whole_number("products", products)
     probe = Trace(
         matrix,
         products=products,
@@ -291,6 +315,7 @@ def frobenius_norm(
     >>> rec.curvature.frobenius_norm(model, objective)["frobenius_norm"].values
     array([18.])
     """
+    whole_number("products", products)
     probe = FrobeniusNorm(
         matrix,
         products=products,
@@ -341,6 +366,7 @@ def diagonal(
     >>> rec.curvature.diagonal(model, objective)["weight/diagonal"].values
     array([[18.,  0.]], dtype=float32)
     """
+    whole_number("products", products)
     probe = Diagonal(
         matrix,
         products=products,
@@ -403,7 +429,8 @@ def operator_eigenpairs(
         If the operator is not square, an argument is out of range, or the model has another
         number of trainable parameters.
     TypeError
-        If the operator has no shape, no ``@``, or is not of real floating numbers.
+        If an argument is of the wrong type, or the operator has no shape, no ``@``, or is not of real
+        floating numbers.
 
     Examples
     --------
@@ -416,6 +443,7 @@ def operator_eigenpairs(
     foreign = foreign_operator(operator)
     layout = _layout_of(model, foreign.size)
     title = type(operator).__name__ if name is None else name
+    SolveOptions(k, which, tol, max_matvec, seed, max_seconds=max_seconds)  # checks the arguments
     pairs = lanczos_eigenpairs(
         foreign.products,
         foreign.size,
@@ -467,8 +495,42 @@ def _spectrum(matrix: MatrixChoice) -> Callable[..., Spectrum]:
     return probes[matrix_name(matrix)]
 
 
+def _vectors(start: xr.DataTree) -> dict[str, torch.Tensor]:
+    """Return the eigenvectors that a record holds, by the label of their block."""
+    if not isinstance(start, xr.DataTree):
+        raise TypeError(
+            "start must be the DataTree that an earlier call returned, or one record of a recorded group, as "
+            f"run['hessian'].isel(seed=0).sel(step=100); got {type(start).__name__}"
+        )
+    held = {
+        label: node["eigenvectors"]
+        for label, node in start.children.items()
+        if "eigenvectors" in node.data_vars
+    }
+    if not held:
+        raise ValueError(
+            f"start holds no eigenvectors, but {', '.join(start.children) or 'nothing'}: give the group of a "
+            "spectrum, as run['hessian'].isel(seed=0).sel(step=100)"
+        )
+    for label, vectors in held.items():
+        several = [dim for dim in (DIM_SEED, DIM_STEP) if dim in vectors.dims]
+        if several:
+            raise ValueError(
+                f"start holds several records of block {label!r}, along {' and '.join(several)}: select "
+                "one, as .isel(seed=0).sel(step=100)"
+            )
+        if DIM_SKETCH in vectors.dims:
+            raise ValueError(
+                f"start holds sketches of the eigenvectors of block {label!r}, which no search can begin "
+                "with: record or compute them without sketch"
+            )
+    return {label: torch.from_numpy(np.array(vectors)) for label, vectors in held.items()}
+
+
 def _measured(probe: Probe, model: nn.Module, objective: Objective, dtype: torch.dtype | None) -> xr.DataTree:
     """Plan and measure one record of a probe, as a recorder does."""
+    check_problem(model, objective)
+    check_dtype(dtype)
     inner = unwrapped(model)
     check_whole(inner)
     if dtype is not None:

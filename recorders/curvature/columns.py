@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from hild_xr.recorders.curvature.functional import at_least_float32
-from hild_xr.recorders.curvature.likelihood import Noise, check_draws, predictive
+from hild_xr.recorders.curvature.likelihood import Noise, check_draws, predictive, unit_columns
+from hild_xr.recorders.curvature.sample_gradients import FactoredGradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -183,11 +184,43 @@ class UnitColumns(Columns):
 
     def at_outputs(self, graph: LossGraph) -> Tensor:
         """Return the identity for each sample, shape (n, D, *output)."""
-        slope = graph.loss_slope()
-        size = slope[0].numel()
-        identity = torch.eye(size, dtype=slope.dtype, device=slope.device)
-        columns = identity.reshape(1, size, *slope.shape[1:])
-        return columns.expand(len(slope), *columns.shape[1:])
+        return unit_columns(graph.loss_slope())
+
+
+class LayerFactors:
+    """Inputs of linear layers and columns at their outputs, taken batch by batch.
+
+    Parameters
+    ----------
+    columns
+        Pulls columns at the outputs back to the layers.
+    weights
+        Qualified names of the layers' weights.
+    """
+
+    def __init__(self, columns: Columns, weights: Sequence[str]) -> None:
+        self._columns, self._weights = columns, list(weights)
+        self._deltas: dict[str, list[Tensor]] = {weight: [] for weight in self._weights}
+        self._inputs: dict[str, list[Tensor]] = {weight: [] for weight in self._weights}
+
+    def take(self, graph: LossGraph, at_outputs: Tensor | None) -> None:
+        """Take what a batch has, given its columns at the outputs, shape (n, K, *output)."""
+        deltas = self._columns.at_layers(graph, at_outputs, self._weights)
+        for weight, delta in zip(self._weights, deltas, strict=True):
+            self._deltas[weight].append(delta)
+            self._inputs[weight].append(graph.layer_input(weight))
+
+    def joined(self) -> dict[str, FactoredGradients]:
+        """Return the factors of all batches taken by weight, with delta of shape (M, K, out)."""
+        return {
+            weight: FactoredGradients(joined(self._deltas[weight]), joined(self._inputs[weight]))
+            for weight in self._weights
+        }
+
+
+def joined(batches: Sequence[Tensor]) -> Tensor:
+    """Join the samples of batches; those of a single one are not copied."""
+    return batches[0] if len(batches) == 1 else torch.cat(list(batches))
 
 
 def has_rows(graph: LossGraph) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,7 @@ from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
 from hild_xr.recorders.curvature.operators import BlockOperator, SecondMoment, split, sum_tensors
 
 if TYPE_CHECKING:
-    from hild_xr.recorders.curvature.graph import LossGraph
+    from hild_xr.recorders.curvature.graph import Graphs, LossGraph
 
 
 class CrossOperator(ABC):
@@ -64,7 +63,23 @@ class CrossOperator(ABC):
         return self.product(torch.eye(n_columns, dtype=self.dtype, device=self.device)).T
 
 
-class NetworkCrossHessian(CrossOperator):
+class _CrossBothWays(CrossOperator):
+    """A block whose products and those of its transpose are one operation, with the parts swapped."""
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """Return the products of vectors of b, shape (n, p_b), as vectors of a, shape (n, p_a)."""
+        return self._products(vectors, self.b, self.a)
+
+    def adjoint_product(self, vectors: Tensor) -> Tensor:
+        """Return the products of vectors of a, shape (n, p_a), with the transpose, shape (n, p_b)."""
+        return self._products(vectors, self.a, self.b)
+
+    @abstractmethod
+    def _products(self, vectors: Tensor, source: BlockPart, target: BlockPart) -> Tensor:
+        """Return the products of vectors of one part as vectors of the other."""
+
+
+class NetworkCrossHessian(_CrossBothWays):
     """Off-diagonal Hessian block through backward passes that visit no more than they need.
 
     The regulariser has no part beside the diagonal.
@@ -73,7 +88,7 @@ class NetworkCrossHessian(CrossOperator):
     ----------
     a, b
         The parts.
-    each_graph
+    graphs
         As for :class:`~hild_xr.recorders.curvature.operators.NetworkHessian`.
     dtype, device
         Of the vectors.
@@ -83,20 +98,12 @@ class NetworkCrossHessian(CrossOperator):
         self,
         a: BlockPart,
         b: BlockPart,
-        each_graph: Callable[[Callable[[float, LossGraph], None]], None],
+        graphs: Graphs,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__(a, b, dtype, device)
-        self._each_graph = each_graph
-
-    def product(self, vectors: Tensor) -> Tensor:
-        """Return the products of vectors of b, shape (n, p_b), as vectors of a, shape (n, p_a)."""
-        return self._products(vectors, self.b, self.a)
-
-    def adjoint_product(self, vectors: Tensor) -> Tensor:
-        """Return the products of vectors of a, shape (n, p_a), with the transpose, shape (n, p_b)."""
-        return self._products(vectors, self.a, self.b)
+        self._graphs = graphs
 
     def _products(self, vectors: Tensor, source: BlockPart, target: BlockPart) -> Tensor:
         whole = _embedded(vectors, source, source.block)
@@ -111,11 +118,11 @@ class NetworkCrossHessian(CrossOperator):
                 products.append(torch.cat([part.reshape(-1) for part in parts]))
             of_batches.append(weight * torch.stack(products).to(self.dtype))
 
-        self._each_graph(multiply)
+        self._graphs.each(multiply)
         return _taken(sum_tensors(of_batches), target, target.block)
 
 
-class CrossSecondMoment(CrossOperator):
+class CrossSecondMoment(_CrossBothWays):
     r"""Off-diagonal block :math:`\frac1M J_a^T J_b` of a second-moment matrix.
 
     Parameters
@@ -130,18 +137,13 @@ class CrossSecondMoment(CrossOperator):
         super().__init__(a, b, left.dtype, left.device)
         self.left, self.right = left, right
 
-    def product(self, vectors: Tensor) -> Tensor:
-        """Return the products of vectors of b, shape (n, p_b), as vectors of a, shape (n, p_a)."""
-        scores = self.right.apply(_embedded(vectors, self.b, self.b.block))
-        return _taken(self.left.adjoint(scores) / self.left.n_samples, self.a, self.a.block)
-
-    def adjoint_product(self, vectors: Tensor) -> Tensor:
-        """Return the products of vectors of a, shape (n, p_a), with the transpose, shape (n, p_b)."""
-        scores = self.left.apply(_embedded(vectors, self.a, self.a.block))
-        return _taken(self.right.adjoint(scores) / self.right.n_samples, self.b, self.b.block)
+    def _products(self, vectors: Tensor, source: BlockPart, target: BlockPart) -> Tensor:
+        given, wanted = (self.right, self.left) if source is self.b else (self.left, self.right)
+        scores = given.apply(_embedded(vectors, source, source.block))
+        return _taken(wanted.adjoint(scores) / wanted.n_samples, target, target.block)
 
 
-class CrossOfUnion(CrossOperator):
+class CrossOfUnion(_CrossBothWays):
     """Off-diagonal block of any matrix, cut out of the diagonal block of both parts together.
 
     Costs a product with that larger block; serves every kind of matrix that knows no
@@ -158,14 +160,6 @@ class CrossOfUnion(CrossOperator):
     def __init__(self, a: BlockPart, b: BlockPart, whole: BlockOperator) -> None:
         super().__init__(a, b, whole.dtype, whole.device)
         self._whole = whole
-
-    def product(self, vectors: Tensor) -> Tensor:
-        """Return the products of vectors of b, shape (n, p_b), as vectors of a, shape (n, p_a)."""
-        return self._products(vectors, self.b, self.a)
-
-    def adjoint_product(self, vectors: Tensor) -> Tensor:
-        """Return the products of vectors of a, shape (n, p_a), with the transpose, shape (n, p_b)."""
-        return self._products(vectors, self.a, self.b)
 
     def _products(self, vectors: Tensor, source: BlockPart, target: BlockPart) -> Tensor:
         rows = torch.zeros(len(vectors), dtype=torch.int64, device=self.device)
@@ -208,11 +202,10 @@ def coupling_ratio(
         If whole matrices do not fit the memory.
     """
     a, b = operator.a, operator.b
-    grams = _gram_matrices(left, right, max_bytes)
-    if grams is not None:
-        cross = (grams[0] * grams[1]).sum().clamp(min=0).sqrt()
-        norms = [_norm_from_gram(side, gram) for side, gram in zip((left, right), grams, strict=True)]
-        return _ratio(operator.name, cross, *norms)
+    if isinstance(left, SecondMoment) and isinstance(right, SecondMoment):
+        few = left.n_samples < left.size + right.size
+        if few and 32 * left.n_samples**2 <= max_bytes:
+            return _ratio(operator.name, *_norms_by_grams(left, right))
     needed = 16 * max(a.size, b.size) ** 2
     if needed > max_bytes:
         raise ValueError(
@@ -227,20 +220,11 @@ def coupling_ratio(
     return _ratio(operator.name, operator.matrix().double().norm(), *norms)
 
 
-def _gram_matrices(left: BlockOperator, right: BlockOperator, max_bytes: int) -> tuple[Tensor, Tensor] | None:
-    """Return both Gram matrices of a second-moment matrix where they are smaller than the blocks."""
-    if not (isinstance(left, SecondMoment) and isinstance(right, SecondMoment)):
-        return None
-    if left.n_samples >= left.size + right.size or 32 * left.n_samples**2 > max_bytes:
-        return None
-    return left.gram().double(), right.gram().double()
-
-
-def _norm_from_gram(operator: BlockOperator, gram: Tensor) -> Tensor:
-    r"""Return the Frobenius norm of :math:`J^TJ + \rho I` from :math:`K = JJ^T`, whatever rho is."""
-    trace = operator.trace()
-    ridge = torch.zeros(()) if trace is None else trace.double().sum() - gram.trace()  # rho p
-    return (gram.square().sum() + (2 * gram.trace() + ridge) * ridge / operator.size).sqrt()
+def _norms_by_grams(left: SecondMoment, right: SecondMoment) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norms of the block beside the diagonal and of both on it."""
+    grams = left.gram().double(), right.gram().double()
+    cross = (grams[0] * grams[1]).sum().clamp(min=0).sqrt()
+    return cross, left.norm_from_gram(grams[0]), right.norm_from_gram(grams[1])
 
 
 def _ratio(name: str, cross: Tensor, left: Tensor, right: Tensor) -> float:

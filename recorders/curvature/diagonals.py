@@ -10,24 +10,15 @@ from torch import Tensor
 from hild_xr.recorders.curvature.deflation import Deflation
 from hild_xr.recorders.curvature.estimate import (
     Estimate,
-    check_finite,
     exact_estimate,
     random_signs,
     row_chunks,
 )
-from hild_xr.recorders.curvature.operators import (
-    BlockOperator,
-    FactoredRowsSecondMoment,
-    RowsSecondMoment,
-    WeightedRows,
-)
-from hild_xr.recorders.curvature.traces import check_products
+from hild_xr.recorders.curvature.traces import check_products, finite_product, of_matrices
 
 if TYPE_CHECKING:
+    from hild_xr.recorders.curvature.operators import BlockOperator
     from hild_xr.recorders.curvature.spectrum import BlockSpectrum
-
-OF_ROWS = (WeightedRows, FactoredRowsSecondMoment, RowsSecondMoment)
-"""Operators of rows whose diagonal is a sum over the samples."""
 
 
 def diagonal(
@@ -40,8 +31,8 @@ def diagonal(
 ) -> Estimate:
     r"""Return the diagonal of each sub-block.
 
-    Exact for rows of linear layers, for rows of held per-sample gradients, and where p products
-    give it. Else from :math:`E[z \odot Az]` for random signs z (Bekas, Kokiopoulou and Saad
+    Exact where the operator knows it (rows of linear layers, and of held per-sample gradients), and
+    where p products give it. Else from :math:`E[z \odot Az]` for random signs z (Bekas, Kokiopoulou and Saad
     2007), whose variance is the sum of squares beside the diagonal. With known eigenvectors U,
     :math:`A = UU^TA + (I - UU^T)A`: the first part is taken exactly, at a product for each, and
     the signs see the second.
@@ -65,10 +56,12 @@ def diagonal(
         If ``products`` is below 2, or ``known`` belongs to another block.
     """
     check_products(products)
-    if isinstance(operator, OF_ROWS):
-        return _shaped(exact_estimate(operator, of_rows(operator)))
+    free = operator.diagonal()
+    if free is not None:
+        return _shaped(exact_estimate(operator, free))
     if operator.size <= products:
-        return _shaped(exact_estimate(operator, _of_matrix(operator, max_bytes), operator.size))
+        values = of_matrices(operator, lambda matrices: matrices.diagonal(dim1=-2, dim2=-1), max_bytes)
+        return _shaped(exact_estimate(operator, values, operator.size))
     deflation, generator = Deflation(operator, known), torch.Generator().manual_seed(seed)
     bytes_each = 40 * operator.size
     parts = [
@@ -80,19 +73,6 @@ def diagonal(
     return _shaped(Estimate(operator.block, value, error, spent))
 
 
-def of_rows(operator: BlockOperator) -> Tensor:
-    """Return the diagonals of rows from their factors, shape (count, p), one pass over the samples."""
-    if isinstance(operator, WeightedRows):
-        return operator._weights.T @ operator._h.square() + operator._l2
-    if isinstance(operator, FactoredRowsSecondMoment):
-        delta, h, shift = operator._delta, operator._h, operator._shift
-        squares = delta.square().T @ h.square() / len(h)
-        return squares if shift is None else squares + 2 * shift * (delta.T @ h) / len(h) + shift.square()
-    if isinstance(operator, RowsSecondMoment):
-        return operator._gradients.square().mean(1) + operator._ridge
-    raise TypeError(f"no diagonal is known in closed form for {type(operator).__name__}")
-
-
 def _estimated(
     operator: BlockOperator, deflation: Deflation, generator: torch.Generator, rows: Tensor, products: int
 ) -> tuple[Tensor, Tensor]:
@@ -101,8 +81,7 @@ def _estimated(
     squares = torch.zeros_like(mean)
     for n in range(1, products + 1):
         signs = random_signs(generator, (len(rows), operator.size), operator)
-        image = operator.product(signs, rows)
-        check_finite(operator, image)
+        image = finite_product(operator, signs, rows)
         sample = (signs * deflation.project(image, rows)).double().cpu()
         difference = sample - mean
         mean += difference / n
@@ -117,18 +96,8 @@ def _of_known(operator: BlockOperator, deflation: Deflation, rows: Tensor) -> Te
     if deflation.vectors is None:
         return known
     for vectors in deflation.vectors[rows].unbind(1):
-        image = operator.product(vectors, rows)
-        check_finite(operator, image)
-        known += (vectors * image).double().cpu()
+        known += (vectors * finite_product(operator, vectors, rows)).double().cpu()
     return known
-
-
-def _of_matrix(operator: BlockOperator, max_bytes: int) -> Tensor:
-    values = [
-        operator.matrix(rows).diagonal(dim1=-2, dim2=-1)
-        for rows in row_chunks(operator, 8 * operator.size**2, max_bytes)
-    ]
-    return torch.cat(values)
 
 
 def _shaped(estimate: Estimate) -> Estimate:

@@ -8,41 +8,26 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.block_parts import (
-    BlockPart,
-    PartChoice,
-    require_disjoint,
-    resolve_part,
-    union,
+from hild_xr.recorders.curvature.arguments import (
+    check_dtype,
+    check_groups,
+    check_problem,
+    check_start,
+    real_number,
+    whole_number,
 )
+from hild_xr.recorders.curvature.block_parts import PartChoice, require_disjoint, resolve_part
 from hild_xr.recorders.curvature.blocks import Block, BlockChoice, check_k, resolve_blocks
-from hild_xr.recorders.curvature.columns import FisherColumns, FisherMC, GaussNewtonRoots, LossGradients
-from hild_xr.recorders.curvature.cross_operators import (
-    CrossOfUnion,
-    CrossOperator,
-    CrossSecondMoment,
-    NetworkCrossHessian,
-    coupling_ratio,
-)
+from hild_xr.recorders.curvature.columns import FisherMC
+from hild_xr.recorders.curvature.cross_operators import CrossOperator, coupling_ratio
 from hild_xr.recorders.curvature.cross_spectrum import CrossSpectrum, singular_triplets
 from hild_xr.recorders.curvature.densities import DensityOptions, SpectralDensity, spectral_density
-from hild_xr.recorders.curvature.diagonals import OF_ROWS, diagonal, of_rows
-from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
+from hild_xr.recorders.curvature.diagonals import diagonal
 from hild_xr.recorders.curvature.estimate import Estimate, exact_estimate
-from hild_xr.recorders.curvature.functional import FunctionalModel
-from hild_xr.recorders.curvature.graph import Graphs, LossGraph
 from hild_xr.recorders.curvature.isolation import Measurement, unwrapped
-from hild_xr.recorders.curvature.linear_sites import find_linear_sites
-from hild_xr.recorders.curvature.operators import (
-    BlockOperator,
-    NetworkGaussNewton,
-    NetworkHessian,
-    SecondMoment,
-    WeightedRows,
-)
-from hild_xr.recorders.curvature.pairs import Which, ranking
-from hild_xr.recorders.curvature.sample_gradients import GradientSampler
-from hild_xr.recorders.curvature.second_moments import SecondMoments, Source
+from hild_xr.recorders.curvature.matrices import Matrices
+from hild_xr.recorders.curvature.operators import BlockOperator
+from hild_xr.recorders.curvature.pairs import Which
 from hild_xr.recorders.curvature.solve import SolveOptions, solve
 from hild_xr.recorders.curvature.spectrum import BlockSpectrum
 from hild_xr.recorders.curvature.traces import frobenius_norm, trace
@@ -53,7 +38,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from hild_xr.recorders.curvature.columns import Columns
     from hild_xr.recorders.curvature.precision import Precision
     from hild_xr.recorders.objective import Objective
 
@@ -63,12 +47,13 @@ MatrixKind = Literal["hessian", "ggn", "gmatrix", "gmatrix_centered", "fisher", 
 MatrixChoice: TypeAlias = MatrixKind | FisherMC
 """A kind by its name, or with options; ``"fisher_mc"`` is ``FisherMC()``."""
 
+Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 REGULARIZED = ("hessian", "ggn")
 """Matrices that the l2 term takes part in by default: second derivatives of the objective."""
 
-_ROOT_UP_TO = 64  # components of an output up to which the Gauss-Newton matrix is held as a second moment
+_AT_OUTPUTS = ("ggn", "fisher", "fisher_mc")  # know a sample by the row of its output
 
 
 class Curvature:
@@ -121,6 +106,8 @@ class Curvature:
 
     Raises
     ------
+    TypeError
+        If model, objective or dtype is none.
     NonFiniteCurvatureError
         On entering, if the loss is NaN or infinite.
     ValueError
@@ -151,22 +138,24 @@ class Curvature:
         dense_up_to: int = 128,
         max_bytes: int = 2**30,
     ) -> None:
+        check_problem(model, objective)
+        check_dtype(dtype)
         self.model, self.objective = unwrapped(model), objective
         self.dense_up_to, self.max_bytes = dense_up_to, max_bytes
         self._dtype = dtype
-        self._state: _State | None = None
+        self._matrices: Matrices | None = None
 
     def __enter__(self) -> Self:
         self.objective.check(self.model)
         measuring = Measurement(self.model)
         with measuring():
-            self._state = _State(self.model, self.objective, self._dtype, measuring, self.max_bytes)
+            self._matrices = Matrices(self.model, self.objective, self._dtype, measuring, self.max_bytes)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._state = None
+        self._matrices = None
 
     @property
     def loss(self) -> float:
@@ -188,6 +177,8 @@ class Curvature:
         dense_up_to: int | None = None,
         start: Mapping[str, Tensor] | None = None,
         max_seconds: float = math.inf,
+        guard: int = 2,
+        probe_steps: int = 8,
         seed: int = 0,
     ) -> dict[str, BlockSpectrum]:
         """Return k eigenpairs of each block.
@@ -232,6 +223,12 @@ class Curvature:
         max_seconds
             Time allowed for each block solved through products; what is found by then is
             flagged as far as it is exact.
+        guard
+            Pairs beyond k that a search must find too, so that none is overtaken unseen.
+        probe_steps
+            Products with which a search looks for what it missed, above all second copies of an
+            eigenvalue. More of them make more pairs certain (``n_certain``); 0 for both saves a fifth
+            of the products, and one search of seven then misses a pair of a dense spectrum.
         seed
             Seed of random start vectors.
 
@@ -245,13 +242,13 @@ class Curvature:
         NonFiniteCurvatureError
             If a product is NaN or infinite; it names the block.
         ValueError
-            If an argument is out of range, or k does not fit a block.
+            If an argument is out of range, k does not fit a block, or the label of a start is
+            unknown.
+        TypeError
+            If an argument is of the wrong type.
         RuntimeError
             Outside of the ``with`` block.
         """
-        chosen = resolve_blocks(self.model, blocks, layers)
-        check_k(chosen, k)
-        ranking(torch.zeros(1), which)
         options = SolveOptions(
             k,
             which,
@@ -262,13 +259,23 @@ class Curvature:
             matrix_up_to,
             self.max_bytes,
             max_seconds,
+            guard,
+            probe_steps,
         )
-        earlier = start or {}
-        with self._entered().measuring():
-            return {
-                operator.block.label: solve(operator, options, earlier.get(operator.block.label))
-                for operator in self.operators(chosen, matrix, include_regularizer)
-            }
+        chosen = self._blocks(blocks, layers)
+        check_k(chosen, k)
+        check_start(start, [block.label for block in chosen])
+        for block in chosen:
+            options.check_budget(
+                block, "fisher_mc" if isinstance(matrix, FisherMC) else matrix, len(self.objective)
+            )
+        return self._of_operators(
+            lambda operator, vectors: solve(operator, options, vectors),
+            chosen,
+            matrix,
+            include_regularizer,
+            start,
+        )
 
     def operators(
         self,
@@ -300,21 +307,8 @@ class Curvature:
         RuntimeError
             Outside of the ``with`` block.
         """
-        known = get_args(MatrixKind)
-        if not isinstance(matrix, FisherMC) and matrix not in known:
-            raise ValueError(
-                f"matrix must be one of {', '.join(map(repr, known))}, or FisherMC(...); got {matrix!r}"
-            )
-        state = self._entered()
-        added = matrix in REGULARIZED if include_regularizer is None else include_regularizer
-        l2 = self.objective.l2 if added else 0.0
-        if matrix == "hessian":
-            state.prepare_output_curvatures([block for block in blocks if block.kind == "rows"])
-            return (state.hessian(block, l2) for block in blocks)
-        choice = FisherMC() if matrix == "fisher_mc" else matrix
-        with state.measuring():
-            state.second_moments(choice).prepare(blocks)
-        return (state.second_moment(block, choice, l2) for block in blocks)
+        l2 = self._l2(matrix, include_regularizer)
+        return self._entered().operators(blocks, matrix, l2)
 
     def density(
         self,
@@ -369,7 +363,9 @@ class Curvature:
         options = DensityOptions(k_steps, probes, n_nodes, seed, precision, self.dense_up_to, self.max_bytes)
         return self._of_operators(
             lambda operator, pairs: spectral_density(operator, options, pairs),
-            (matrix, blocks, layers, include_regularizer),
+            self._blocks(blocks, layers),
+            matrix,
+            include_regularizer,
             known,
         )
 
@@ -420,11 +416,14 @@ class Curvature:
         ...     curvature.trace()["weight"].value
         tensor(18., dtype=torch.float64)
         """
+        whole_number("products", products)
         return self._of_operators(
             lambda operator, pairs: trace(
                 operator, products, seed=seed, known=pairs, max_bytes=self.max_bytes
             ),
-            (matrix, blocks, layers, include_regularizer),
+            self._blocks(blocks, layers),
+            matrix,
+            include_regularizer,
             known,
         )
 
@@ -444,11 +443,14 @@ class Curvature:
         Parameters, errors and result are those of :meth:`trace`; see
         :func:`~hild_xr.recorders.curvature.traces.frobenius_norm` for what is exact.
         """
+        whole_number("products", products)
         return self._of_operators(
             lambda operator, pairs: frobenius_norm(
                 operator, products, seed=seed, known=pairs, max_bytes=self.max_bytes
             ),
-            (matrix, blocks, layers, include_regularizer),
+            self._blocks(blocks, layers),
+            matrix,
+            include_regularizer,
             known,
         )
 
@@ -470,48 +472,38 @@ class Curvature:
         linear layer is so too, where its number of outputs is at most ``products``: each
         output takes one backward pass.
         """
-        settings = (matrix, blocks, layers, include_regularizer)
 
         def estimate(operator: BlockOperator, pairs: BlockSpectrum | None) -> Estimate:
-            rows = self._rows_of_linear_layer(operator, matrix, products, include_regularizer)
-            if rows is not None:
-                value = of_rows(rows).reshape(1, *operator.block.vector_shape)
-                return exact_estimate(operator, value, rows.count)
+            found = self._diagonal_by_rows(operator, matrix, products, include_regularizer)
+            if found is not None:
+                return found
             return diagonal(operator, products, seed=seed, known=pairs, max_bytes=self.max_bytes)
 
-        return self._of_operators(estimate, settings, known)
+        whole_number("products", products)
+        chosen = self._blocks(blocks, layers)
+        return self._of_operators(estimate, chosen, matrix, include_regularizer, known)
 
-    def _rows_of_linear_layer(
+    def _diagonal_by_rows(
         self,
         operator: BlockOperator,
         matrix: MatrixChoice,
         products: int,
         include_regularizer: bool | None,
-    ) -> BlockOperator | None:
-        """Return the rows of a linear layer's weight, whose diagonal has a closed form, or None."""
+    ) -> Estimate | None:
+        """Return the diagonal of a linear layer's weight, where its rows have one in closed form."""
         block = operator.block
-        if block.kind != "layer" or not self._entered().has_site(block.label) or operator.size <= products:
+        if block.kind != "layer" or operator.size <= products:
+            return None
+        if not self._entered().has_site(block.parameters[0]):
             return None
         if matrix == "hessian" and block.shapes[0][0] > products:
             return None
         rows = Block(block.label, "rows", block.parameters, block.shapes)
         (found,) = self.operators([rows], matrix, include_regularizer)
-        return found if isinstance(found, OF_ROWS) else None
-
-    def _of_operators(
-        self,
-        function: Callable[[BlockOperator, BlockSpectrum | None], Result],
-        settings: tuple[MatrixChoice, BlockChoice, Sequence[str] | None, bool | None],
-        known: Mapping[str, BlockSpectrum] | None,
-    ) -> dict[str, Result]:
-        """Apply a function to the operator of each block and what is known of it."""
-        matrix, blocks, layers, include_regularizer = settings
-        chosen = resolve_blocks(self.model, blocks, layers)
-        with self._entered().measuring():
-            return {
-                operator.block.label: function(operator, (known or {}).get(operator.block.label))
-                for operator in self.operators(chosen, matrix, include_regularizer)
-            }
+        values = found.diagonal()
+        if values is None:
+            return None
+        return exact_estimate(operator, values.reshape(1, *block.vector_shape), rows.count)
 
     def cross_operator(
         self,
@@ -557,14 +549,8 @@ class Curvature:
         """
         rows, columns = resolve_part(self.model, a), resolve_part(self.model, b)
         require_disjoint(rows, columns)
-        state = self._entered()
-        if matrix == "hessian":
-            return state.cross_hessian(rows, columns)
-        left, right = self.operators([rows.block, columns.block], matrix, include_regularizer)
-        if isinstance(left, SecondMoment) and isinstance(right, SecondMoment):
-            return CrossSecondMoment(rows, columns, left, right)
-        (whole,) = self.operators([union(self.model, rows, columns)], matrix, include_regularizer)
-        return CrossOfUnion(rows, columns, whole)
+        l2 = self._l2(matrix, include_regularizer)
+        return self._entered().cross_operator(rows, columns, matrix, l2)
 
     def cross_singular(
         self,
@@ -604,6 +590,8 @@ class Curvature:
         RuntimeError
             Outside of the ``with`` block.
         """
+        whole_number("k", k)
+        real_number("tol", tol)
         operator = self.cross_operator(a, b, matrix, include_regularizer)
         with self._entered().measuring():
             return singular_triplets(
@@ -655,105 +643,45 @@ class Curvature:
             left, right = self.operators(own, matrix, include_regularizer)
             return coupling_ratio(operator, left, right, self.max_bytes)
 
+    def _blocks(self, blocks: BlockChoice, layers: Sequence[str] | None) -> list[Block]:
+        check_groups(blocks)
+        return resolve_blocks(self.model, blocks, layers)
+
     def _dense(self, dense_up_to: int | None) -> int:
         return self.dense_up_to if dense_up_to is None else dense_up_to
 
-    def _entered(self) -> _State:
-        if self._state is None:
+    def _of_operators(
+        self,
+        function: Callable[[BlockOperator, Given | None], Result],
+        blocks: Sequence[Block],
+        matrix: MatrixChoice,
+        include_regularizer: bool | None,
+        given: Mapping[str, Given] | None,
+    ) -> dict[str, Result]:
+        """Apply a function to the operator of each block and what the caller gave for it, by label."""
+        of_block = given or {}
+        with self._entered().measuring():
+            return {
+                operator.block.label: function(operator, of_block.get(operator.block.label))
+                for operator in self.operators(blocks, matrix, include_regularizer)
+            }
+
+    def _l2(self, matrix: MatrixChoice, include_regularizer: bool | None) -> float:
+        """Check that a matrix can be had of this model, and return the weight of the regulariser in it."""
+        known = get_args(MatrixKind)
+        if not isinstance(matrix, FisherMC) and matrix not in known:
+            raise ValueError(
+                f"matrix must be one of {', '.join(map(repr, known))}, or FisherMC(...); got {matrix!r}"
+            )
+        if isinstance(matrix, FisherMC) or matrix in _AT_OUTPUTS:
+            self.objective.check_rows(self.model)
+        added = matrix in REGULARIZED if include_regularizer is None else include_regularizer
+        return self.objective.l2 if added else 0.0
+
+    def _entered(self) -> Matrices:
+        if self._matrices is None:
             raise RuntimeError(
                 "the graph lives inside the context only: write "
                 "'with Curvature(model, objective) as curvature:' and ask inside"
             )
-        return self._state
-
-
-class _State:
-    """What lives from entering to leaving: the network's copy, the graph, and factors taken from it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        dtype: torch.dtype | None,
-        measuring: Measurement,
-        max_bytes: int,
-    ) -> None:
-        self._objective, self._dtype = objective, dtype
-        self.measuring = measuring
-        self._network = FunctionalModel(model, dtype)
-        self._sites = {site.weight: site for site in find_linear_sites(self._network, objective, dtype)}
-        self._graphs = Graphs(self._network, objective, dtype, list(self._sites.values()), measuring)
-        sampler = GradientSampler(self._network, objective, dtype, measuring, max_bytes // 8)
-        self._source = Source(self._network, len(objective), self._graphs, sampler, self._sites, max_bytes)
-        self._second_moments: dict[MatrixChoice, SecondMoments] = {}
-        self._output_curvatures: dict[str, Tensor] = {}
-        self.loss = self._value()
-
-    def has_site(self, weight: str) -> bool:
-        """Whether the parameter is the weight of a linear layer with closed-form curvature."""
-        return weight in self._sites
-
-    def each_graph(self, use: Callable[[float, LossGraph], None]) -> None:
-        """Call a function with the weight n_batch / M and the graph of each batch, one graph at a time."""
-        self._graphs.each(use)
-
-    def hessian(self, block: Block, l2: float) -> BlockOperator:
-        if block.label in self._output_curvatures and block.kind == "rows":
-            h = self.second_moments("gmatrix").layer_input(block.label)
-            return WeightedRows(block, h, self._output_curvatures[block.label], l2)
-        return NetworkHessian(block, self.each_graph, l2, *self._source.vectors(block))
-
-    def cross_hessian(self, a: BlockPart, b: BlockPart) -> CrossOperator:
-        return NetworkCrossHessian(a, b, self.each_graph, *self._source.vectors(a.block))
-
-    def second_moments(self, matrix: MatrixChoice) -> SecondMoments:
-        """Return what all blocks of a matrix other than the Hessian share."""
-        key = "gmatrix" if matrix == "gmatrix_centered" else matrix
-        if key not in self._second_moments:
-            if key == "gmatrix":
-                columns: Columns = LossGradients()
-            elif key == "ggn":
-                columns = GaussNewtonRoots(_ROOT_UP_TO)
-            else:
-                columns = FisherColumns(self._objective, key if isinstance(key, FisherMC) else None)
-            self._second_moments[key] = SecondMoments(self._source, columns)
-        return self._second_moments[key]
-
-    def second_moment(self, block: Block, matrix: MatrixChoice, l2: float) -> BlockOperator:
-        moments = self.second_moments(matrix)
-        if matrix in ("gmatrix", "gmatrix_centered"):
-            return moments.operator(block, l2=l2, centered=matrix == "gmatrix_centered")
-        if matrix == "ggn" and not moments.holds(block):
-            return NetworkGaussNewton(block, self.each_graph, l2, *self._source.vectors(block))
-        return moments.operator(block, ridge=l2)
-
-    def prepare_output_curvatures(self, blocks: Sequence[Block]) -> None:
-        """Take second derivatives by the outputs of the linear layers whose rows are asked for."""
-        asked = dict.fromkeys(block.label for block in blocks)  # a layer may be asked for twice
-        missing = [name for name in asked if name in self._sites and name not in self._output_curvatures]
-        if not missing:
-            return
-        parts: dict[str, list[Tensor]] = {name: [] for name in missing}
-
-        def collect(_weight: float, graph: LossGraph) -> None:
-            for name in missing:
-                parts[name].append(graph.output_curvature(name))
-
-        self.each_graph(collect)
-        self._output_curvatures |= {name: torch.cat(tensors) for name, tensors in parts.items()}
-
-    def _value(self) -> float:
-        if self._graphs.kept is not None:
-            loss = float(self._graphs.kept.loss.detach())
-        else:
-            with torch.no_grad():
-                batches = self._objective.batches(self._dtype)
-                losses = [
-                    len(targets) * float(self._objective.mean_loss(self._network(inputs), targets))
-                    for inputs, targets in batches
-                ]
-            loss = sum(losses) / len(self._objective)
-        loss += self._objective.penalty(self._network)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise NonFiniteCurvatureError("loss", "the value")
-        return loss
+        return self._matrices

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hild_xr.recorders.curvature.blocks import resolve_blocks
-from hild_xr.recorders.curvature.columns import UnitColumns
+from hild_xr.recorders.curvature.columns import LayerFactors, UnitColumns, joined
 from hild_xr.recorders.curvature.functional import FunctionalModel, at_least_float32
 from hild_xr.recorders.curvature.graph import Graphs
 from hild_xr.recorders.curvature.isolation import Measurement, isolated, unwrapped
@@ -28,6 +28,7 @@ from hild_xr.recorders.curvature.sample_gradients import (
     ExplicitGradients,
     FactoredGradients,
     GradientSampler,
+    gram,
 )
 from hild_xr.recorders.objective import Objective
 
@@ -213,7 +214,7 @@ class _Tangent:
 
     def _of_factors(self, factors: FactoredGradients) -> Tensor:
         if self._outputs != "sum":
-            return factors.gram()
+            return gram([factors])
         flat = factors.delta.flatten(1)
         return (flat @ flat.T) * (factors.h @ factors.h.T)
 
@@ -248,8 +249,7 @@ def _pulled_back(
     unit = UnitColumns()
     columns: list[Tensor] = []
     leaves: list[int] = []
-    pulled: dict[str, list[Tensor]] = {weight: [] for weight in weights}
-    inputs: dict[str, list[Tensor]] = {weight: [] for weight in weights}
+    factors = LayerFactors(unit, weights)
 
     def collect(_weight: float, graph: Any) -> None:
         at_outputs = unit.at_outputs(graph)
@@ -261,13 +261,10 @@ def _pulled_back(
             at_outputs = at_outputs[:, outputs : outputs + 1]
         columns.append(at_outputs)
         leaves.append(graph.output_leaf)
-        for weight, delta in zip(weights, unit.at_layers(graph, at_outputs, weights), strict=True):
-            pulled[weight].append(delta)
-            inputs[weight].append(graph.layer_input(weight))
+        factors.take(graph, at_outputs)
 
     graphs.each(collect)
-    factors = {w: FactoredGradients(torch.cat(pulled[w]), torch.cat(inputs[w])) for w in weights}
-    return torch.cat(columns), leaves[0], factors
+    return joined(columns), leaves[0], factors.joined()
 
 
 def _objective(inputs: Inputs, batch_size: int | None) -> Objective:

@@ -80,10 +80,7 @@ class Gaussian:
 
     def columns(self, loss: MeanLoss, outputs: Tensor) -> Tensor:  # noqa: ARG002 (the loss is known)
         r"""Return :math:`\sqrt\tau\, e_d` for each component d of the output, shape (n, D, *output)."""
-        size = outputs[0].numel()
-        identity = torch.eye(size, dtype=outputs.dtype, device=outputs.device) * float(self.precision**0.5)
-        columns = identity.reshape(1, size, *outputs.shape[1:])
-        return columns.expand(len(outputs), *columns.shape[1:])
+        return unit_columns(outputs, float(self.precision**0.5))
 
     def drawn_columns(self, loss: MeanLoss, outputs: Tensor, noise: Noise) -> Tensor:  # noqa: ARG002
         r"""Return :math:`\partial\ell(f, y)/\partial f` for drawn y, over the root of their number."""
@@ -276,6 +273,21 @@ def _close(values: Tensor, expected: Tensor, outputs: Tensor) -> bool:
 
 def _tolerance(outputs: Tensor) -> float:
     return float(4 * torch.finfo(outputs.dtype).eps ** 0.5)
+
+
+def unit_columns(outputs: Tensor, length: float = 1.0) -> Tensor:
+    """Return vectors along each component of the outputs, shape (n, D, *output), the same for all samples.
+
+    Examples
+    --------
+    >>> unit_columns(torch.zeros(1, 2), length=3.0)
+    tensor([[[3., 0.],
+             [0., 3.]]])
+    """
+    size = outputs[0].numel()
+    identity = torch.eye(size, dtype=outputs.dtype, device=outputs.device) * length
+    columns = identity.reshape(1, size, *outputs.shape[1:])
+    return columns.expand(len(outputs), *columns.shape[1:])
 
 
 def check_draws(draws: int, seed: int) -> None:

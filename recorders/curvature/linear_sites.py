@@ -123,11 +123,17 @@ def find_linear_sites(
     counts = _uses(loss, network)
     # Row m of h must be sample m by itself: a layer that runs over tokens, a table of its own, the samples
     # routed to one expert or a sorted batch can have the right number of rows by chance.
+    alone: dict[str, list[Tensor]] = {name: [] for name in names}
     with torch.no_grad():
         for m in range(len(index)):
-            with recorded_calls(network.model, names) as calls:
+            with recorded_calls(network.model, list(alone)) as calls:
                 network(objective.samples(index[m : m + 1], dtype)[0])
-            names = [name for name in names if _is_row(calls[name], together[name], m)]
+            alone = {
+                name: [*rows, calls[name][0].h.detach()]
+                for name, rows in alone.items()
+                if [call.h.shape[:-1] for call in calls[name]] == [(1,)]
+            }
+    names = [name for name, rows in alone.items() if _are_rows(torch.cat(rows), together[name])]
     sites = []
     for name in names:
         prefix = f"{name}." if name else ""
@@ -137,15 +143,14 @@ def find_linear_sites(
     return sites
 
 
-def _is_row(calls: Sequence[Call], together: Tensor, m: int) -> bool:
-    """Whether a forward pass on one sample gave the layer one row, equal to row m of the batch."""
-    if [call.h.shape[:-1] for call in calls] != [(1,)]:
-        return False
-    alone = calls[0].h[0].detach()
-    finite = alone.isfinite() & together[m].isfinite()
-    scale = together[:, finite].abs().max() if bool(finite.any()) else 0.0
-    difference = (alone - together[m])[finite].abs()
-    return not bool(finite.any()) or bool(difference.max() <= torch.finfo(alone.dtype).eps ** 0.4 * scale)
+def _are_rows(alone: Tensor, together: Tensor) -> bool:
+    """Whether forward passes on single samples gave the layer the rows that it got of the batch."""
+    if alone.numel() == 0:  # a layer without inputs
+        return True
+    finite = alone.isfinite() & together.isfinite()
+    difference = torch.where(finite, alone - together, 0.0).abs().amax(1)
+    scale = torch.where(finite, together, 0.0).abs().amax()
+    return bool((difference <= torch.finfo(alone.dtype).eps ** 0.4 * scale).all())
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -7,20 +7,19 @@ with sub-block ``rows[n]``. A block that is no batch has the single sub-block 0.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients
+from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients, gram
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hild_xr.recorders.curvature.blocks import Block
-    from hild_xr.recorders.curvature.graph import LossGraph
+    from hild_xr.recorders.curvature.graph import Graphs, LossGraph
     from hild_xr.recorders.curvature.sample_gradients import GradientSampler, SampleGradients
 
 
@@ -53,6 +52,10 @@ class BlockOperator(ABC):
         """Return the trace of each sub-block, shape (count,), where it is nearly free; else ``None``."""
         return None
 
+    def diagonal(self) -> Tensor | None:
+        """Return the diagonal of each sub-block, shape (count, p), where it is nearly free; else ``None``."""
+        return None
+
 
 class NetworkOperator(BlockOperator):
     """Block of a curvature matrix through backward passes of the network.
@@ -63,16 +66,15 @@ class NetworkOperator(BlockOperator):
     share it: hand over several at once.
 
     Several vectors are taken in one pass where the network is so small that a pass is
-    mostly overhead, and one by one where an operation has no batching rule, as
+    mostly overhead, and one by one where torch cannot batch an operation, as
     GroupNorm's second derivative.
 
     Parameters
     ----------
     block
         The block.
-    each_graph
-        Calls a function with the weight n_batch / M and the loss graph of each batch: the
-        retained one, or one after the other built anew.
+    graphs
+        The graph of each batch: the retained one, or one after the other built anew.
     l2
         Added to the diagonal.
     dtype, device
@@ -82,14 +84,14 @@ class NetworkOperator(BlockOperator):
     def __init__(
         self,
         block: Block,
-        each_graph: Callable[[Callable[[float, LossGraph], None]], None],
+        graphs: Graphs,
         l2: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__(block, dtype, device)
-        self._each_graph, self._l2 = each_graph, l2
-        self._batchable = True
+        self._graphs, self._l2 = graphs, l2
+        self._batchable: bool | None = None  # not decided yet
 
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
@@ -98,10 +100,12 @@ class NetworkOperator(BlockOperator):
         def multiply(weight: float, graph: LossGraph) -> None:
             of_batches.append(weight * self._of_chunks(graph, vectors, rows.tolist()))
 
-        self._each_graph(multiply)
+        self._graphs.each(multiply)
         return sum_tensors(of_batches) + self._l2 * vectors
 
     def _of_chunks(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
+        if self._batchable is None:
+            self._batchable = self._can_batch(graph)
         products: list[Tensor] = []
         while (start := sum(map(len, products))) < len(vectors):
             stop = start + (graph.vectors_at_once if self._batchable else 1)
@@ -109,13 +113,17 @@ class NetworkOperator(BlockOperator):
             if len(chunk) == 1:
                 products.append(self._of_graph(graph, chunk, chunk_rows))
                 continue
+            # No filter turns warnings into errors here: it would do so in every thread, the loaders' of
+            # the user's data too. What torch itself takes one by one inside a pass it keeps silent about.
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")  # an operation without a batching rule warns, and is slow
-                    products.append(self._of_graph(graph, chunk, chunk_rows))
-            except (RuntimeError, UserWarning):
+                products.append(self._of_graph(graph, chunk, chunk_rows))
+            except RuntimeError:
                 self._batchable = False  # one by one from here on
         return torch.cat(products)
+
+    def _can_batch(self, graph: LossGraph) -> bool:  # noqa: ARG002 (for the Hessian)
+        """Whether a pass may take several vectors, for all that is known before one is tried."""
+        return True
 
     @abstractmethod
     def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
@@ -126,7 +134,7 @@ class NetworkOperator(BlockOperator):
             part = torch.zeros(len(rows), *self.block.shapes[0], dtype=self.dtype, device=self.device)
             part[torch.arange(len(rows)), rows] = vectors.reshape(len(rows), *self.block.vector_shape)
             return [part]
-        pieces = torch.split(vectors, [torch.Size(shape).numel() for shape in self.block.shapes], dim=1)
+        pieces = torch.split(vectors, list(self.block.sizes), dim=1)
         return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.block.shapes, strict=True)]
 
     def _vectors(self, parts: list[Tensor], rows: list[int]) -> Tensor:
@@ -137,6 +145,14 @@ class NetworkOperator(BlockOperator):
 
 class NetworkHessian(NetworkOperator):
     """Hessian block: one backward pass through the first one for each vector."""
+
+    def _can_batch(self, graph: LossGraph) -> bool:
+        """Whether no GroupNorm is there, of whose second derivative torch mixes up the dims.
+
+        Mostly that fails. It does not, and gives wrong numbers, where sizes agree by chance: with one
+        group, as many positions as channels, and as many samples, or one.
+        """
+        return not _has_group_norm(graph.loss)
 
     def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
         return self._vectors(graph.hessian_products(self.block.parameters, self._parts(vectors, rows)), rows)
@@ -160,7 +176,7 @@ class NetworkSecondMoment(NetworkOperator):
 
     Parameters
     ----------
-    block, each_graph, l2, dtype, device
+    block, graphs, l2, dtype, device
         As for :class:`NetworkOperator`.
     columns
         Returns the columns a of a batch at its outputs, shape (n, K, *output).
@@ -173,7 +189,7 @@ class NetworkSecondMoment(NetworkOperator):
     def __init__(
         self,
         block: Block,
-        each_graph: Callable[[Callable[[float, LossGraph], None]], None],
+        graphs: Graphs,
         l2: float,
         dtype: torch.dtype,
         device: torch.device,
@@ -182,7 +198,7 @@ class NetworkSecondMoment(NetworkOperator):
         shift: Tensor | None = None,
         sampler: GradientSampler | None = None,
     ) -> None:
-        super().__init__(block, each_graph, l2, dtype, device)
+        super().__init__(block, graphs, l2, dtype, device)
         self._columns, self._shift, self._sampler = columns, shift, sampler
 
     def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
@@ -238,6 +254,10 @@ class WeightedRows(BlockOperator):
         """Return the trace of each sub-block, shape (count,)."""
         return self._h.square().sum(1) @ self._weights + self._l2 * self.size
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of each sub-block, shape (count, p)."""
+        return self._weights.T @ self._h.square() + self._l2
+
 
 class FactoredRowsSecondMoment(BlockOperator):
     r"""Rows of a linear layer's G-matrix, from its factors.
@@ -286,6 +306,13 @@ class FactoredRowsSecondMoment(BlockOperator):
             trace += 2 * (mean * self._shift).sum(1) + len(self._h) * self._shift.square().sum(1)
         return trace / len(self._h)
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of each sub-block, shape (count, p)."""
+        squares = self._delta.square().T @ self._h.square() / len(self._h)
+        if self._shift is None:
+            return squares
+        return squares + 2 * self._shift * (self._delta.T @ self._h) / len(self._h) + self._shift.square()
+
     def _gradients(self, row: Tensor) -> Tensor:
         gradients = self._h * self._delta[:, row, None]
         return gradients if self._shift is None else gradients + self._shift[row]
@@ -322,6 +349,10 @@ class RowsSecondMoment(BlockOperator):
     def trace(self) -> Tensor:
         """Return the trace of each sub-block, shape (count,)."""
         return self._gradients.square().sum((1, 2)) / self._gradients.shape[1] + self._ridge * self.size
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of each sub-block, shape (count, p)."""
+        return self._gradients.square().mean(1) + self._ridge
 
 
 class SecondMoment(BlockOperator):
@@ -380,12 +411,17 @@ class SecondMoment(BlockOperator):
         explicit = {part.matrix.data_ptr(): part for part in matrices}
         # A bias has the gradients delta of its layer: one matrix product serves both.
         biased = {id(part) for part in factored if explicit.pop(part.delta.data_ptr(), None) is not None}
-        grams = [part.gram(with_bias=id(part) in biased) for part in factored]
-        gram = sum_tensors([*grams, *(part.gram() for part in explicit.values())])
+        whole = [part.with_bias() if id(part) in biased else part for part in factored]
+        products = gram([*whole, *explicit.values()])
         if self._shift is not None:
             cross = self._data_scores(self._shift)
-            gram = gram + cross[:, None] + cross[None, :] + self._shift.square().sum()
-        return gram / self.n_samples
+            products += cross[:, None] + cross[None, :] + self._shift.square().sum()
+        return products.div_(self.n_samples)
+
+    def norm_from_gram(self, gram: Tensor) -> Tensor:
+        r"""Return :math:`\|\frac1M J^TJ + \rho I\|_F`, shape (1,), float64, from what :meth:`gram` gives."""
+        squared = gram.double().square().sum()
+        return (squared + 2 * self.ridge * self.trace().double() - self.ridge**2 * self.size).sqrt()
 
     def matrix(self, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
         """Return whole sub-blocks, shape (n, p, p)."""
@@ -438,7 +474,7 @@ class StreamedSecondMoment(BlockOperator):
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         products = torch.zeros_like(vectors)
-        for gradients in self._chunks():
+        for gradients in gradient_chunks(self.block, self._sampler, self._shift):
             for n, row in enumerate(rows.tolist()):
                 products[n] += (gradients[:, row] @ vectors[n]) @ gradients[:, row]
         return products / self._n_samples
@@ -446,9 +482,6 @@ class StreamedSecondMoment(BlockOperator):
     def trace(self) -> Tensor:
         """Return the trace of each sub-block, shape (count,)."""
         return gradient_trace(self.block, self._sampler, self._shift)
-
-    def _chunks(self) -> Iterator[Tensor]:
-        return gradient_chunks(self.block, self._sampler, self._shift)
 
 
 def gradient_chunks(block: Block, sampler: GradientSampler, shift: Tensor | None) -> Iterator[Tensor]:
@@ -504,6 +537,20 @@ def sum_tensors(tensors: Iterable[Tensor]) -> Tensor:
     for other in others:
         first = first + other
     return first
+
+
+def _has_group_norm(loss: Tensor) -> bool:
+    seen, stack = {loss.grad_fn}, [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if "GroupNorm" in node.name():
+            return True
+        following = {other for other, _ in node.next_functions} - seen
+        seen |= following
+        stack.extend(following)
+    return False
 
 
 def _columns(values: Tensor, rows: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hild_xr.recorders.curvature.isolation import Measurement
     from hild_xr.recorders.objective import Objective
 
+_TILE_ON_CPU = 256
+_TILE_ON_GPU = 4096
+
 
 class SampleGradients(Protocol):
     """The M x p matrix J of per-sample gradients of one parameter."""
@@ -41,8 +44,18 @@ class SampleGradients(Protocol):
         """Return J^T u for each of the weights (n, M), shape (n, p)."""
         ...
 
-    def gram(self) -> Tensor:
-        """Return J J^T, shape (M, M)."""
+    @property
+    def n_rows(self) -> int:
+        """Number of gradients: of samples, or of samples times outputs."""
+        ...
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows that are taken together."""
+        ...
+
+    def products(self, here: slice, there: slice) -> Tensor:
+        """Return the scalar products of some rows with some others."""
         ...
 
     def squared_norms(self) -> Tensor:
@@ -61,7 +74,7 @@ class ExplicitGradients:
     Examples
     --------
     >>> gradients = ExplicitGradients(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
-    >>> gradients.gram()
+    >>> gram([gradients])
     tensor([[1., 1.],
             [1., 2.]])
     """
@@ -81,9 +94,19 @@ class ExplicitGradients:
         """Return J^T u for each of the weights (n, M), shape (n, p)."""
         return weights @ self.matrix
 
-    def gram(self) -> Tensor:
-        """Return J J^T, shape (M, M)."""
-        return self_products(self.matrix)
+    @property
+    def n_rows(self) -> int:
+        """Number of gradients."""
+        return len(self.matrix)
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows that are taken together: any."""
+        return 1
+
+    def products(self, here: slice, there: slice) -> Tensor:
+        """Return the scalar products of some rows with some others."""
+        return self.matrix[here] @ self.matrix[there].T
 
     def squared_norms(self) -> Tensor:
         """Return |g_m|^2, shape (M,)."""
@@ -114,7 +137,7 @@ class FactoredGradients:
     >>> gradients.explicit()
     tensor([[1., 0.],
             [2., 2.]])
-    >>> gradients.gram()
+    >>> gram([gradients])
     tensor([[1., 2.],
             [2., 8.]])
     """
@@ -136,16 +159,28 @@ class FactoredGradients:
         """Return J^T u for each of the weights (n, M K), shape (n, p)."""
         return torch.stack([(self._weighted(w).T @ self.h).reshape(-1) for w in weights])
 
-    def gram(self, *, with_bias: bool = False) -> Tensor:
-        """Return J J^T, shape (M K, M K); with that of the layer's bias, whose gradients are delta, added."""
-        inputs, gram = self_products(self.h), self_products(self.delta.flatten(0, -2))
-        if with_bias:
-            inputs += 1
-        if self.delta.ndim == 2:
-            return gram.mul_(inputs)
-        m, k = self.delta.shape[:2]
-        gram.view(m, k, m, k).mul_(inputs[:, None, :, None])
-        return gram
+    @property
+    def n_rows(self) -> int:
+        """Number of gradients M K."""
+        return len(self.h) * self.rows_per_sample
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Number K of gradients of a sample."""
+        return 1 if self.delta.ndim == 2 else self.delta.shape[1]
+
+    def products(self, here: slice, there: slice) -> Tensor:
+        """Return the scalar products of some rows with some others, of whole samples."""
+        k = self.rows_per_sample
+        a, b = (slice(rows.start // k, rows.stop // k) for rows in (here, there))
+        inputs = self.h[a] @ self.h[b].T
+        products = self.delta[a].flatten(0, -2) @ self.delta[b].flatten(0, -2).T
+        products.view(len(inputs), k, -1, k).mul_(inputs[:, None, :, None])
+        return products
+
+    def with_bias(self) -> FactoredGradients:
+        """Return the gradients of weight and bias together, whose input is 1."""
+        return FactoredGradients(self.delta, torch.nn.functional.pad(self.h, (0, 1), value=1.0))
 
     def squared_norms(self) -> Tensor:
         """Return |g_m|^2, shape (M K,)."""
@@ -185,20 +220,24 @@ class Cotangents:
     output_leaf: int
 
 
-def self_products(rows: Tensor, block: int = 256) -> Tensor:
-    """Return ``rows @ rows.T``; of a large one every half is computed only once.
+def gram(parts: Sequence[SampleGradients]) -> Tensor:
+    """Return J J^T of the gradients of several parameters, shape (rows, rows).
 
-    Examples
-    --------
-    >>> self_products(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), block=1)
-    tensor([[1., 1.],
-            [1., 5.]])
+    Tile by tile, each of which stays in the cache while the parameters are added up, and half of
+    them: the others are their transposes.
     """
-    products = torch.empty(len(rows), len(rows), dtype=rows.dtype, device=rows.device)
-    for start in range(0, len(rows), block):
-        here, after = slice(start, start + block), slice(start, None)
-        torch.mm(rows[here], rows[after].T, out=products[here, after])
-        products[start + block :, here] = products[here, start + block :].T
+    n, unit = parts[0].n_rows, parts[0].rows_per_sample
+    first = parts[0].products(slice(0, unit), slice(0, unit))
+    side = max(1, (_TILE_ON_CPU if first.device.type == "cpu" else _TILE_ON_GPU) // unit) * unit
+    products = first.new_empty(n, n)
+    tiles = [slice(start, min(start + side, n)) for start in range(0, n, side)]
+    for i, here in enumerate(tiles):
+        for there in tiles[i:]:
+            tile = parts[0].products(here, there)
+            for part in parts[1:]:
+                tile += part.products(here, there)
+            products[here, there] = tile
+            products[there, here] = tile.T
     return products
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.columns import LossGradients
+from hild_xr.recorders.curvature.columns import LayerFactors, LossGradients, joined
 from hild_xr.recorders.curvature.operators import (
     BlockOperator,
     FactoredRowsSecondMoment,
@@ -197,7 +197,7 @@ class SecondMoments:
             return StreamedSecondMoment(block, source.sampler, source.n_samples, rows_shift, *vectors)
         return NetworkSecondMoment(
             block,
-            source.graphs.each,
+            source.graphs,
             ridge,
             *vectors,
             columns=self._batch_columns,
@@ -241,23 +241,17 @@ class SecondMoments:
 
     def _take_factors(self, also: Callable[[float, LossGraph], None] | None = None) -> None:
         """Take inputs and columns of all linear layers in one pass."""
-        weights = list(self._source.sites)
-        pulled: dict[str, list[Tensor]] = {weight: [] for weight in weights}
-        inputs: dict[str, list[Tensor]] = {weight: [] for weight in weights}
+        factors = LayerFactors(self._columns, list(self._source.sites))
 
         def collect(share: float, graph: LossGraph) -> None:
             if also is not None:
                 also(share, graph)
-            columns = None if self._of_loss else self._batch_columns(graph)
-            for weight, delta in zip(weights, self._columns.at_layers(graph, columns, weights), strict=True):
-                pulled[weight].append(delta)
-                inputs[weight].append(graph.layer_input(weight))
+            factors.take(graph, None if self._of_loss else self._batch_columns(graph))
 
         self._source.graphs.each(collect)
-        for weight in weights:
-            delta = self._scaled(_joined(pulled[weight]))
-            delta = delta[:, 0] if delta.shape[1] == 1 else delta
-            self._factors[weight] = FactoredGradients(delta, _joined(inputs[weight]))
+        for weight, factor in factors.joined().items():
+            delta = self._scaled(factor.delta)
+            self._factors[weight] = FactoredGradients(delta[:, 0] if delta.shape[1] == 1 else delta, factor.h)
 
     def _factor(self, weight: str) -> FactoredGradients:
         self._survey()
@@ -298,14 +292,10 @@ class SecondMoments:
 def _padded(batches: Sequence[Tensor]) -> Tensor:
     """Join the columns (n, K, ...) of batches, with columns of zeros where a batch needed fewer."""
     most = max(batch.shape[1] for batch in batches)
-    return _joined([batch if batch.shape[1] == most else _pad(batch, most) for batch in batches])
+    return joined([batch if batch.shape[1] == most else _pad(batch, most) for batch in batches])
 
 
 def _pad(batch: Tensor, n_columns: int) -> Tensor:
     padded = batch.new_zeros(len(batch), n_columns, *batch.shape[2:])
     padded[:, : batch.shape[1]] = batch
     return padded
-
-
-def _joined(batches: Sequence[Tensor]) -> Tensor:
-    return batches[0] if len(batches) == 1 else torch.cat(list(batches))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.arguments import check_seconds, real_number, whole_number
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
 from hild_xr.recorders.curvature.lanczos import lanczos_eigenpairs
 from hild_xr.recorders.curvature.operators import (
@@ -21,9 +23,13 @@ from hild_xr.recorders.curvature.pairs import (
     Which,
     certified,
     dense_eigenpairs,
+    ranking,
     rayleigh_ritz,
 )
 from hild_xr.recorders.curvature.spectrum import BlockSpectrum, Path
+
+if TYPE_CHECKING:
+    from hild_xr.recorders.curvature.blocks import Block
 
 _GRAM_DENSE_UP_TO = 512  # eigh of a matrix that is there anyway takes 20 ms
 
@@ -52,6 +58,16 @@ class SolveOptions:
         Memory that a Gram matrix, or the bases or matrices of rows solved at once, may take.
     max_seconds
         Time allowed for each matrix-free solve.
+    guard, probe_steps
+        How a search makes sure that it missed no pair; see
+        :func:`~hild_xr.recorders.curvature.lanczos.lanczos_eigenpairs`.
+
+    Raises
+    ------
+    TypeError
+        If a number is none, or not whole.
+    ValueError
+        If one is out of range, or ``which`` is unknown.
     """
 
     k: int
@@ -63,6 +79,61 @@ class SolveOptions:
     matrix_up_to: int = 0
     max_bytes: int = 2**30
     max_seconds: float = math.inf
+    guard: int = 2
+    probe_steps: int = 8
+
+    def __post_init__(self) -> None:
+        whole_number("k, the number of eigenpairs,", self.k)  # how many there are, the blocks know
+        ranking(torch.zeros(1), self.which)
+        if not 0 < real_number("tol, the relative residual to reach,", self.tol) < math.inf:
+            raise ValueError(
+                f"tol, the relative residual to reach, must be a positive number; got {self.tol}"
+            )
+        check_seconds(self.max_seconds)
+        if self.max_matvec is not None:
+            whole_number("max_matvec, a budget of products,", self.max_matvec, 1)
+        whole_number("seed", self.seed)
+        for name in ("dense_up_to", "matrix_up_to", "max_bytes", "guard", "probe_steps"):
+            whole_number(name, getattr(self, name), 0)
+
+    def check_budget(self, block: Block, matrix: str, n_samples: int) -> None:
+        """Check that the products allowed suffice for a block, if it is sure to be searched.
+
+        Parameters
+        ----------
+        block
+            The block.
+        matrix
+            Name of the curvature matrix.
+        n_samples
+            Samples of the objective.
+
+        Raises
+        ------
+        ValueError
+            If a search needs more.
+        """
+        needed = min(self.k + self.guard, block.size) + 1
+        if self.max_matvec is None or self.max_matvec >= needed or self.takes_whole(block.size):
+            return
+        perhaps_linear = block.kind == "rows" and self.takes_whole_rows(block.size)
+        ends = self.which in ("magnitude", "largest")
+        small_gram = n_samples < block.size and n_samples <= max(_GRAM_DENSE_UP_TO, 3 * self.k + 2)
+        if perhaps_linear or (matrix != "hessian" and ends and small_gram):
+            return  # the operator decides
+        raise ValueError(
+            f"max_matvec={self.max_matvec} is too small for k={self.k} eigenpairs of block {block.label!r}: "
+            f"a search takes at least {needed} products, and is allowed {40 * self.k + 200} by default. "
+            f"Raise it, or solve the block as a whole matrix with dense_up_to={block.size}"
+        )
+
+    def takes_whole(self, size: int) -> bool:
+        """Whether a block of this size is solved as a whole matrix, whatever the matrix."""
+        return size <= max(self.dense_up_to, self.matrix_up_to, 3 * self.k + 2)
+
+    def takes_whole_rows(self, size: int) -> bool:
+        """Whether rows of a linear layer of this size are, too."""
+        return bool(self.dense_up_to) and size <= 32 * self.k
 
 
 def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
@@ -88,10 +159,10 @@ def choose_path(operator: BlockOperator, options: SolveOptions) -> Path:
     str
         The path.
     """
-    if operator.size <= max(options.dense_up_to, options.matrix_up_to, 3 * options.k + 2):
+    if options.takes_whole(operator.size):
         return "dense"
     rows_of_linear_layer = isinstance(operator, WeightedRows | FactoredRowsSecondMoment)
-    if options.dense_up_to and rows_of_linear_layer and operator.size <= 32 * options.k:
+    if rows_of_linear_layer and options.takes_whole_rows(operator.size):
         return "dense"
     if isinstance(operator, SecondMoment) and options.which in ("magnitude", "largest"):
         gram_bytes = operator.n_samples**2 * torch.finfo(operator.dtype).bits // 8
@@ -192,6 +263,8 @@ def gram_eigenpairs(operator: SecondMoment, options: SolveOptions) -> Eigenpairs
             n,
             tol=tol,
             max_matvec=options.max_matvec,
+            guard=options.guard,
+            probe_steps=options.probe_steps,
             dtype=gram.dtype,
             device=gram.device,
             seed=options.seed,
@@ -308,7 +381,8 @@ def _start_vectors(operator: BlockOperator, start: Tensor | None) -> Tensor | No
 def _solve_lanczos(operator: BlockOperator, options: SolveOptions, start: Tensor | None) -> Eigenpairs:
     bytes_per_vector = operator.size * torch.finfo(operator.dtype).bits // 8
     # A single large block takes a smaller basis rather than more memory, and some products more.
-    large, small = max(3 * options.k + 2, 20), 2 * options.k + 4
+    wanted = options.k + options.guard
+    large, small = max(3 * options.k + 2, 20, wanted + 8), options.k + wanted + 2
     basis = max(small, min(large, options.max_bytes // (2 * bytes_per_vector)))
     chunk = max(1, options.max_bytes // (2 * (basis + 2) * bytes_per_vector))
     pairs = []
@@ -324,6 +398,8 @@ def _solve_lanczos(operator: BlockOperator, options: SolveOptions, start: Tensor
                 max_matvec=options.max_matvec,
                 max_seconds=options.max_seconds,
                 max_basis=basis,
+                guard=options.guard,
+                probe_steps=options.probe_steps,
                 start=None if start is None else start[rows],
                 dtype=operator.dtype,
                 device=operator.device,
@@ -341,4 +417,6 @@ def _chunks(operator: BlockOperator, size: int) -> tuple[Tensor, ...]:
 
 
 def _joined(pairs: list[Eigenpairs]) -> Eigenpairs:
+    if len(pairs) == 1:
+        return pairs[0]
     return Eigenpairs(*(torch.cat([getattr(p, field.name) for p in pairs]) for field in fields(Eigenpairs)))

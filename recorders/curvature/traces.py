@@ -70,7 +70,7 @@ def trace(
     if free is not None:
         return exact_estimate(operator, free)
     if operator.size <= products:
-        return exact_estimate(operator, _of_matrix(operator, _diagonal_sum, max_bytes), operator.size)
+        return exact_estimate(operator, of_matrices(operator, _diagonal_sum, max_bytes), operator.size)
     deflation, generator = Deflation(operator, known), torch.Generator().manual_seed(seed)
     sketched = min(products // 3, operator.size - 1 - deflation.taken.shape[1])
     sketched = max(0, sketched)
@@ -116,15 +116,15 @@ def frobenius_norm(
     """
     check_products(products)
     if operator.size <= products:
-        return exact_estimate(operator, _of_matrix(operator, _square_sum, max_bytes).sqrt(), operator.size)
-    if type(operator) is SecondMoment and _gram_fits(operator, max_bytes):
-        return exact_estimate(operator, _norm_by_gram(operator))
+        return exact_estimate(operator, of_matrices(operator, _square_sum, max_bytes).sqrt(), operator.size)
+    if isinstance(operator, SecondMoment) and _gram_fits(operator, max_bytes):
+        return exact_estimate(operator, operator.norm_from_gram(operator.gram()))
     deflation, generator = Deflation(operator, known), torch.Generator().manual_seed(seed)
     bytes_each = 4 * products * operator.size * torch.finfo(operator.dtype).bits // 8
     parts = []
     for rows in row_chunks(operator, bytes_each, max_bytes):
         owners, starts = _directions(operator, deflation, generator, rows, products, None)
-        squares = _product(operator, starts, owners).double().square().sum(1).cpu()
+        squares = finite_product(operator, starts, owners).double().square().sum(1).cpu()
         dimensions = operator.size - deflation.numbers[rows.cpu()]
         known_part = deflation.values[rows.cpu()].square().sum(1)
         parts.append(known_part + dimensions * squares.reshape(len(rows), products).T)
@@ -153,6 +153,35 @@ def check_products(products: int) -> None:
         )
 
 
+def finite_product(operator: BlockOperator, vectors: Tensor, rows: Tensor) -> Tensor:
+    """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,), finite all of them.
+
+    Raises
+    ------
+    NonFiniteCurvatureError
+        If one is not.
+    """
+    product = operator.product(vectors, rows)
+    check_finite(operator, product)
+    return product
+
+
+def of_matrices(operator: BlockOperator, function: Callable[[Tensor], Tensor], max_bytes: int) -> Tensor:
+    """Apply a function to whole sub-blocks (n, p, p) in float64, a few at a time, and join its values.
+
+    Raises
+    ------
+    NonFiniteCurvatureError
+        If an entry is NaN or infinite.
+    """
+    values = []
+    for rows in row_chunks(operator, 20 * operator.size**2, max_bytes):
+        matrix = operator.matrix(rows)
+        check_finite(operator, matrix, "an entry of the matrix")
+        values.append(function(matrix.double()))
+    return torch.cat(values)
+
+
 def _hutch_plus_plus(
     operator: BlockOperator,
     deflation: Deflation,
@@ -165,7 +194,7 @@ def _hutch_plus_plus(
     exact, basis = deflation.trace[rows.cpu()], None
     if sketched:
         owners, sketch = _directions(operator, deflation, generator, rows, sketched, None)
-        image = deflation.project(_product(operator, sketch, owners), owners)
+        image = deflation.project(finite_product(operator, sketch, owners), owners)
         size = torch.linalg.vector_norm(image, dim=1, keepdim=True)
         # A trace of the sketch keeps the basis of full rank, also where the matrix has less.
         image = torch.where(size > 0, image / size.clamp(min=torch.finfo(image.dtype).tiny), 0.0)
@@ -173,10 +202,10 @@ def _hutch_plus_plus(
         columns = image.reshape(len(rows), sketched, operator.size).mT
         basis = torch.linalg.qr(columns)[0].mT
         flat = basis.reshape(-1, operator.size)
-        within = (flat * _product(operator, flat, owners)).double().sum(1).cpu()
+        within = (flat * finite_product(operator, flat, owners)).double().sum(1).cpu()
         exact = exact + within.reshape(len(rows), sketched).sum(1)
     owners, starts = _directions(operator, deflation, generator, rows, probes, basis)
-    forms = (starts * _product(operator, starts, owners)).double().sum(1).cpu()
+    forms = (starts * finite_product(operator, starts, owners)).double().sum(1).cpu()
     dimensions = operator.size - deflation.numbers[rows.cpu()] - sketched
     return exact + dimensions * forms.reshape(len(rows), probes).T
 
@@ -199,35 +228,12 @@ def _directions(
     return owners, vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
 
 
-def _product(operator: BlockOperator, vectors: Tensor, rows: Tensor) -> Tensor:
-    product = operator.product(vectors, rows)
-    check_finite(operator, product)
-    return product
-
-
-def _of_matrix(operator: BlockOperator, function: Callable[[Tensor], Tensor], max_bytes: int) -> Tensor:
-    """Apply a function to whole sub-blocks, a few at a time."""
-    values = []
-    for rows in row_chunks(operator, 20 * operator.size**2, max_bytes):
-        matrix = operator.matrix(rows)
-        check_finite(operator, matrix, "an entry of the matrix")
-        values.append(function(matrix.double()))
-    return torch.cat(values)
-
-
 def _diagonal_sum(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _square_sum(matrices: Tensor) -> Tensor:
     return matrices.square().sum((-2, -1))
-
-
-def _norm_by_gram(operator: SecondMoment) -> Tensor:
-    """Return |G + ridge I|_F from the Gram matrix, which has the nonzero eigenvalues of G."""
-    squared = operator.gram().double().square().sum()
-    ridge = operator.ridge
-    return (squared + 2 * ridge * operator.trace().double() - ridge**2 * operator.size).sqrt()
 
 
 def _gram_fits(operator: SecondMoment, max_bytes: int) -> bool:

@@ -8,6 +8,7 @@ from typing import get_args
 from pydantic import JsonValue
 
 from hild_xr.recorders.curvature import BlockKind, FisherMC, MatrixChoice, MatrixKind
+from hild_xr.recorders.curvature.arguments import check_groups
 from hild_xr.recorders.curvature.blocks import Groups
 from hild_xr.recorders.curvature.engine import REGULARIZED
 from hild_xr.recorders.objective import Objective
@@ -40,13 +41,14 @@ def group_name(quantity: str, blocks: BlockKind | Groups) -> str:
     Raises
     ------
     TypeError
-        If ``blocks`` is neither a text nor a mapping.
+        If ``blocks`` is neither a text nor a mapping to texts or lists of them.
 
     Examples
     --------
     >>> group_name("hessian", "layer"), group_name("ggn", {"head": "fc.*"})
     ('hessian', 'ggn_groups')
     """
+    check_groups(blocks)
     if not isinstance(blocks, str | Mapping):
         raise TypeError(
             f"blocks is one of {', '.join(map(repr, get_args(BlockKind)))}, or a mapping of labels to "

@@ -21,7 +21,9 @@ from hild_xr.recorders.curvature import (
     check_k,
     resolve_blocks,
 )
+from hild_xr.recorders.curvature.arguments import whole_number
 from hild_xr.recorders.curvature.blocks import Groups, as_planned
+from hild_xr.recorders.curvature.solve import SolveOptions
 from hild_xr.recorders.host_copy import to_numpy
 from hild_xr.recorders.objective import Objective
 from hild_xr.recorders.probes.base import NodeValues, Probe, Snapshot
@@ -63,15 +65,23 @@ class Spectrum(Probe):
         group: str | None = None,
         include_regularizer: bool | None = None,
     ) -> None:
-        if cold_every < 1:
+        if whole_number("cold_every", cold_every) < 1:
             raise ValueError(f"cold_every counts records from one fresh search to the next; got {cold_every}")
+        self.options = SolveOptions(
+            k,
+            which,
+            tol,
+            max_matvec,
+            dense_up_to=SolveOptions.dense_up_to if dense_up_to is None else dense_up_to,
+            matrix_up_to=matrix_up_to,
+            max_seconds=max_seconds,
+        )
         default = group_name(matrix_name(self.matrix), blocks)
         super().__init__(default if group is None else group, schedule)
         self.include_regularizer = include_regularizer
-        self.k, self.blocks, self.layers, self.which = k, blocks, layers, which
-        self.tol, self.matrix_up_to = tol, matrix_up_to
-        self.max_matvec, self.max_seconds = max_matvec, max_seconds
+        self.k, self.blocks, self.layers = int(k), blocks, layers
         self.dense_up_to, self.cold_every = dense_up_to, cold_every
+        self._start: dict[str, torch.Tensor] = {}
         self.sketch = as_family(sketch)
         if self.sketch is not None and self.sketch.m < 2 * k:
             raise ValueError(
@@ -79,28 +89,45 @@ class Spectrum(Probe):
                 f"take m={2 * k} at least, and some 100 k for angles within a few percent"
             )
 
+    def start_from(self, vectors: Mapping[str, torch.Tensor]) -> None:
+        """Let the first search after :meth:`plan` begin with these vectors, not at random.
+
+        Parameters
+        ----------
+        vectors
+            Eigenvectors by the block's label, shape (*batch, s, *vector_shape). Blocks without any are
+            searched from random vectors.
+        """
+        self._start = dict(vectors)
+
     def attrs(self, objective: Objective | None) -> dict[str, JsonValue]:
         """Return settings that a reader of the group needs: what matrix, of which data, how exact."""
         attrs: dict[str, JsonValue] = {
             **matrix_attrs(self.matrix, self.blocks, objective, self.include_regularizer),
             "k": self.k,
-            "which": self.which,
-            "tolerance": self.tol,
+            "which": self.options.which,
+            "tolerance": float(self.options.tol),
         }
         # left out where they are the default, so that runs recorded before can be resumed
         if self.cold_every != COLD_EVERY:
             attrs["cold_every"] = self.cold_every
+        for name, setting in {"search_seed": "seed", "guard": "guard", "probe_steps": "probe_steps"}.items():
+            if (value := getattr(self.options, setting)) != getattr(SolveOptions, setting):
+                attrs[name] = value
         return attrs if self.dense_up_to is None else {**attrs, "dense_up_to": self.dense_up_to}
 
     def plan(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, objective: Objective | None
     ) -> dict[str, NodePlan]:
         """Plan the nodes; rows carry their eigenvalues themselves, other blocks share one array."""
-        del optimizer, objective
-        self._n_records: int = 0
-        self._earlier: dict[str, torch.Tensor] = {}
+        del optimizer
         self._blocks = resolve_blocks(model, self.blocks, self.layers)
         check_k(self._blocks, self.k)
+        self._earlier = self._given()
+        self._n_records = 1 if self._earlier else 0
+        if objective is not None:
+            for block in self._blocks:
+                self.options.check_budget(block, matrix_name(self.matrix), len(objective))
         eig = CoordPlan(dim=DIM_EIG, values=tuple(range(self.k)))
         self._layouts = {block.label: self._stored_as(model, block) for block in self._blocks}
         self._nodes = nodes = {block.label: self._node(model, block) for block in self._blocks}
@@ -143,6 +170,17 @@ class Spectrum(Probe):
         own: Mapping[str, ArrayLike] = {name: np.stack([n[name] for n in numbers]) for name in numbers[0]}
         return {OWN_NODE: own, **nodes}
 
+    def _given(self) -> dict[str, torch.Tensor]:
+        """Return the vectors that the caller gave for the blocks."""
+        labels = [block.label for block in self._blocks]
+        given = {label: self._start[label] for label in labels if label in self._start}
+        if self._start and not given:
+            raise ValueError(
+                f"start holds none of the blocks {', '.join(labels)}, but {', '.join(self._start)}: give "
+                "eigenvectors of the same model and the same kind of blocks"
+            )
+        return given
+
     def _solve(self, snapshot: Snapshot, blocks: Sequence[Block]) -> dict[str, BlockSpectrum]:
         # forgotten before: whatever goes wrong, the next record begins with a fresh search
         earlier, self._earlier = self._earlier, {}
@@ -150,18 +188,23 @@ class Spectrum(Probe):
         self._n_records += 1
         if not blocks:
             return {}
+        labels = {block.label for block in blocks}
+        earlier = {label: vectors for label, vectors in earlier.items() if label in labels}
         spectra = snapshot.curvature.eigenpairs(
             self.k,
             matrix=self.matrix,
             blocks=blocks,
-            which=self.which,
-            tol=self.tol,
-            max_matvec=self.max_matvec,
-            max_seconds=self.max_seconds,
+            which=self.options.which,
+            tol=self.options.tol,
+            max_matvec=self.options.max_matvec,
+            max_seconds=self.options.max_seconds,
             dense_up_to=self.dense_up_to,
-            matrix_up_to=self.matrix_up_to,
+            matrix_up_to=self.options.matrix_up_to,
             include_regularizer=self.include_regularizer,
             start=None if is_cold else earlier,
+            guard=self.options.guard,
+            probe_steps=self.options.probe_steps,
+            seed=self.options.seed,
         )
         if self.cold_every > 1:
             self._earlier = {
@@ -210,7 +253,7 @@ class Spectrum(Probe):
                 **self._orthonormality(layout),
             },
         )
-        if block.size <= self.matrix_up_to:
+        if block.size <= self.options.matrix_up_to:
             arrays["matrix"] = ArrayPlan(
                 variable="matrix",
                 dims=(*batch_dims, DIM_PARAM, f"{DIM_PARAM}_"),
@@ -305,11 +348,11 @@ class Hessian(Spectrum):
     Raises
     ------
     ValueError
-        When the recorder starts, if k exceeds the size of a block, a name or pattern is unknown
-        (the nearest name is suggested) or frozen, or a label can be no folder. At once,
-        if ``sketch`` is below 2k.
+        When the recorder starts, if k exceeds the size of a block, ``max_matvec`` is too small to search
+        one, a name or pattern is unknown (the nearest name is suggested) or frozen, or a label can
+        be no folder. At once, if a number is out of range, or ``sketch`` is below 2k.
     TypeError
-        At once, if ``blocks`` is neither a text nor a mapping.
+        At once, if a number is none, or ``blocks`` is neither a text nor a mapping.
 
     Examples
     --------

@@ -7,6 +7,7 @@ is shown as such and enters no ratio.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -100,10 +101,14 @@ def one_thread() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def ours(state: State, task: Task, gemm: Gemm = "same") -> Found:
+OURS: dict[str, dict[str, int]] = {"hild-xr": {}, "hild-xr unguarded": {"guard": 0, "probe_steps": 0}}
+"""As it is, and stopping where the peers stop: when the pairs have converged, whatever may be missing."""
+
+
+def ours(state: State, task: Task, gemm: Gemm = "same", **options: int) -> Found:
     """Solve a task with hild-xr, from nothing: no graph, no factor and no vector is there before."""
     with Curvature(state.model, state.objective, **GEMM[gemm]) as curvature:
-        spectra = curvature.eigenpairs(task.k, task.matrix, task.blocks, tol=RESIDUAL)
+        spectra = curvature.eigenpairs(task.k, task.matrix, task.blocks, tol=RESIDUAL, **options)
     blocks = [
         Pairs(found.block.parameters, found.eigenvalues, found.eigenvectors.reshape(task.k, -1))
         for found in spectra.values()
@@ -171,9 +176,8 @@ class Comparison:
         for peer in self.peers.values():
             if isinstance(peer, Curvlinops | Eigenthings):
                 peer.search(self._demand)
-        self._timed = Interleaved(
-            {"hild-xr": partial(ours, state, task, gemm), **self.peers, **floors(state)}
-        )
+        own = {name: partial(ours, state, task, gemm, **options) for name, options in OURS.items()}
+        self._timed = Interleaved({**own, **self.peers, **floors(state)})
         ours(state, task, gemm)  # the first call of a kernel pays for more than itself
 
     def ours(self) -> Found:
@@ -183,8 +187,8 @@ class Comparison:
         return found
 
     def others(self) -> None:
-        """Solve with the peers and run the floors, timed."""
-        self._timed.run(*self.peers, *FLOORS)
+        """Solve with the peers, and unguarded, and run the floors, timed."""
+        self._timed.run(*self.peers, *list(OURS)[1:], *FLOORS)
 
     def found(self, solver: str) -> Found:
         """Return the last result of a solver."""
@@ -195,7 +199,7 @@ class Comparison:
         """Return seconds, products, true residuals and ratios."""
         facts: Facts = {}
         right = {}
-        for solver in ("hild-xr", *self.peers):
+        for solver in (*OURS, *self.peers):
             found = self.found(solver)
             facts |= self._timed.facts(solver)
             if found.products:
@@ -207,13 +211,14 @@ class Comparison:
             facts[f"{solver}: error of values"] = error
             facts[f"{solver}: top k complete"] = error <= SAME_VALUE
             right[solver] = self._demand.met(found.blocks)
-        for peer in self.peers:
-            if right["hild-xr"] and right[peer]:
-                facts[f"times faster than {peer}"] = self._timed.ratio(peer, "hild-xr")
-                facts[f"times faster than {peer}, CPU time"] = self._timed.ratio(peer, "hild-xr", cpu=True)
+        for peer, own in itertools.product(self.peers, OURS):
+            title = f"{own}: times faster than {peer}"
+            if right[own] and right[peer]:
+                facts[title] = self._timed.ratio(peer, own)
+                facts[f"{title}, CPU time"] = self._timed.ratio(peer, own, cpu=True)
             else:
-                wrong = " and ".join(solver for solver in ("hild-xr", peer) if not right[solver])
-                facts[f"times faster than {peer}"] = f"not compared: {wrong} misses a pair or the residual"
+                wrong = " and ".join(solver for solver in (own, peer) if not right[solver])
+                facts[title] = f"not compared: {wrong} misses a pair or the residual"
         for floor in FLOORS:
             facts |= self._timed.facts(floor)
             facts[f"times as long as a {floor}"] = self._timed.ratio("hild-xr", floor)

@@ -146,6 +146,96 @@ def test_eigenpairs__are_those_of_the_kernel(matrix: MatrixChoice) -> None:
         np.testing.assert_array_equal(found[f"{label}/eigenvectors"], spectrum.eigenvectors)
 
 
+def moved(model: nn.Module, step: float) -> nn.Module:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(step * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("blocks", ["layer", "rows", "module", GROUPS])
+def test_start__saves_products_and_finds_the_same_pairs(blocks: Any) -> None:
+    model, objective = problem()
+    options: dict[str, Any] = {"blocks": blocks, "dense_up_to": 0, "which": "largest", "tol": 1e-2}
+    before = rec.curvature.eigenpairs(model, objective, 1, **options)
+    moved(model, 1e-4)
+    fresh = rec.curvature.eigenpairs(model, objective, 1, **options)
+    warm = rec.curvature.eigenpairs(model, objective, 1, start=before, **options)
+    for node in ("0.weight", "3.weight") if blocks == "rows" else ("/",):
+        assert bool(warm[node]["converged"].all())
+        assert int(warm[node]["n_matvec"].sum()) < int(fresh[node]["n_matvec"].sum())
+        np.testing.assert_allclose(warm[node]["eigenvalues"], fresh[node]["eigenvalues"], rtol=1e-3)
+
+
+def test_start__may_be_a_record_of_a_store(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"blocks": "model", "dense_up_to": 0, "tol": 1e-2}
+    run = recorded(tmp_path / "run.zarr", rec.Hessian(2, **options))
+    record = run["hessian_model"].isel(seed=0).sel(step=0)
+    model, objective = problem()
+    moved(model, 1e-4)
+    stored = rec.curvature.eigenpairs(model, objective, 2, start=record, **options)
+    measured = rec.curvature.eigenpairs(*problem(), 2, **options)
+    expected = rec.curvature.eigenpairs(model, objective, 2, start=measured, **options)
+    xr.testing.assert_identical(stored, expected)
+    fresh = rec.curvature.eigenpairs(model, objective, 2, **options)
+    assert int(stored["n_matvec"].sum()) < int(fresh["n_matvec"].sum())
+    # not recorded yet, so NaN: searched from random vectors
+    empty = run["hessian_model"].isel(seed=1, step=0)
+    xr.testing.assert_identical(rec.curvature.eigenpairs(model, objective, 2, start=empty, **options), fresh)
+
+
+def test_start__of_some_blocks_leaves_the_others_to_a_fresh_search() -> None:
+    model, objective = problem()
+    options: dict[str, Any] = {"dense_up_to": 0, "tol": 1e-2}
+    before = rec.curvature.eigenpairs(model, objective, 1, layers=["0.weight"], **options)
+    fresh = rec.curvature.eigenpairs(model, objective, 1, **options)["n_matvec"]
+    warm = rec.curvature.eigenpairs(model, objective, 1, start=before, **options)["n_matvec"]
+    assert int(warm.sel(layer="0.weight")) < int(fresh.sel(layer="0.weight"))
+    np.testing.assert_array_equal(warm.sel(layer="3.weight"), fresh.sel(layer="3.weight"))
+
+
+def test_start__says_what_it_needs(tmp_path: Path) -> None:
+    model, objective = problem()
+    run = recorded(tmp_path / "run.zarr", rec.Hessian(1), rec.Trace())
+    sketched = rec.curvature.eigenpairs(model, objective, 1, sketch=8)
+    for start, kind, message in (
+        (run["hessian"], ValueError, r"several records of block '0.weight', along seed and step.*isel"),
+        (sketched, ValueError, "sketches of the eigenvectors"),
+        (run["hessian_trace"].isel(seed=0, step=0), ValueError, "holds no eigenvectors"),
+        (rec.curvature.trace(model, objective), TypeError, "DataTree .* got Dataset"),
+    ):
+        with pytest.raises(kind, match=message):
+            rec.curvature.eigenpairs(model, objective, 1, start=start)
+    with pytest.raises(ValueError, match=r"none of the blocks model, but 0.weight"):
+        rec.curvature.eigenpairs(
+            model, objective, 1, blocks="model", start=rec.curvature.eigenpairs(model, objective, 1)
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "attrs"),
+    [
+        ({"guard": 0, "probe_steps": 0}, {"guard": 0, "probe_steps": 0}),
+        ({"probe_steps": 20}, {"probe_steps": 20}),
+        ({"seed": 5}, {"search_seed": 5}),
+    ],
+)
+def test_search_settings__are_those_of_the_kernel_and_are_told(
+    settings: dict[str, int], attrs: dict[str, int]
+) -> None:
+    model, objective = problem()
+    options: dict[str, Any] = {"blocks": "model", "dense_up_to": 0, "matrix": "hessian"}
+    usual = rec.curvature.eigenpairs(model, objective, 2, **options)
+    found = rec.curvature.eigenpairs(model, objective, 2, **options, **settings)
+    with Curvature(model, objective) as curvature:
+        expected = curvature.eigenpairs(2, **options, **settings)["model"]
+    np.testing.assert_array_equal(found["model/eigenvectors"], expected.eigenvectors)
+    assert int(found["n_matvec"].sum()) == int(expected.n_matvec)
+    assert not np.array_equal(found["model/eigenvectors"], usual["model/eigenvectors"])
+    assert {name: value for name, value in found.attrs.items() if name not in usual.attrs} == attrs
+
+
 @pytest.mark.parametrize(("given", "beta"), [(None, 0.02), (True, 0.02), (False, 0.0)])
 def test_regulariser__takes_part_as_asked_and_the_attributes_say_so(given: bool | None, beta: float) -> None:
     model, objective = problem()

@@ -487,7 +487,7 @@ def test_estimate__is_the_planned_size_and_writes_nothing(
     estimate = recorder.estimate()
     assert estimate.records == 6
     tensors = sum(p.numel() for p in model.parameters()) * 4
-    spectrum = 2 * (4 + 4 + 1) + 4 + 4 + 2 * 48 * 4
+    spectrum = 2 * (4 + 4 + 1) + 4 + 4 + 4 + 2 * 48 * 4
     assert estimate.nbytes == 2 * 3 * (tensors + spectrum)
     assert not (tmp_path / "run.zarr").exists()
     with caplog.at_level(logging.INFO, logger="hild_xr"), recorder:

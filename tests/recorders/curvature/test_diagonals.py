@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hild_xr.recorders.curvature import Curvature, NonFiniteCurvatureError
-from hild_xr.recorders.curvature.diagonals import diagonal, of_rows
+from hild_xr.recorders.curvature.diagonals import diagonal
 from hild_xr.recorders.curvature.solve import SolveOptions, solve
 from hild_xr.recorders.objective import Objective
 
@@ -115,8 +115,3 @@ def test_curvature_diagonal__of_linear_layers_is_exact_and_costs_an_output_each(
     assert whole is not None
     assert torch.allclose(found.value.reshape(-1), whole.diagonal(), atol=1e-12)
     assert not sampled.exact
-
-
-def test_of_rows__knows_which_operators_it_serves(operator_of: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match="MatrixOperator"):
-        of_rows(operator_of(torch.eye(3)))

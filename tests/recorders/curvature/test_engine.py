@@ -621,13 +621,13 @@ def test_exit__frees_the_graph_without_the_garbage_collector(get_case: Any, fail
             for matrix in AT_OUTPUTS:
                 curvature.eigenpairs(1, matrix, "layer")
                 curvature.eigenpairs(1, matrix, "model")
-            state = curvature._state
-            assert state is not None
-            graph = state._graphs.kept
+            matrices = curvature._matrices
+            assert matrices is not None
+            graph = matrices.graphs.kept
             assert graph is not None
-            alive.extend(weakref.ref(thing) for thing in (state, state._graphs, graph, graph.loss))
+            alive.extend(weakref.ref(thing) for thing in (matrices, matrices.graphs, graph, graph.loss))
             del graph
-            alive.extend(weakref.ref(leaf) for leaf in state._network.trainable.values())
+            alive.extend(weakref.ref(leaf) for leaf in matrices.network.trainable.values())
             if fails:
                 raise KeyError("inside")
         return curvature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from typing import Any
 
@@ -124,6 +125,49 @@ def test_operator__takes_the_path_it_should(get_case: Any) -> None:
         assert paths(cnn, matrix, "model") == [SecondMoment]
         through = NetworkGaussNewton if matrix == "ggn" else NetworkSecondMoment
         assert paths(cnn, matrix, "rows", 1) == [through, through]
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("name", ["mlp-relu", "cnn"])
+@pytest.mark.parametrize("regularised", [True, False])
+def test_diagonal__of_rows_is_known_where_they_are_held(
+    get_case: Any, name: str, matrix: MatrixKind, regularised: bool
+) -> None:
+    case = get_case(name)
+    objective = Objective(case.loss, case.inputs, case.targets, l2=0.3)
+    with Curvature(case.model, objective) as curvature:
+        for operator in curvature.operators(resolve_blocks(case.model, "rows"), matrix, regularised):
+            found = operator.diagonal()
+            if isinstance(operator, NetworkHessian):
+                assert found is None
+                continue
+            assert found is not None
+            exact = operator.matrix(torch.arange(operator.count)).diagonal(dim1=-2, dim2=-1)
+            assert found.shape == (operator.count, operator.size)
+            close(found, exact, 1e-12)
+
+
+@pytest.mark.parametrize("matrix", ["gmatrix", "gmatrix_centered", "ggn", "fisher"])
+@pytest.mark.parametrize("regularised", [True, False])
+def test_norm_from_gram__is_that_of_the_whole_matrix(
+    get_case: Any, matrix: MatrixKind, regularised: bool
+) -> None:
+    case = get_case("mlp-relu")
+    with Curvature(case.model, case.objective()) as curvature:
+        (operator,) = curvature.operators(resolve_blocks(case.model, "model"), matrix, regularised)
+        assert isinstance(operator, SecondMoment)
+        exact = operator.matrix(torch.zeros(1, dtype=torch.int64)).norm().reshape(1)
+        close(operator.norm_from_gram(operator.gram()), exact, 1e-12)
+
+
+def test_rows__of_a_block_with_a_label_of_its_own_are_those_of_its_parameter(get_case: Any) -> None:
+    case = get_case("mlp-relu")
+    block = Block("2.weight", "rows", ("0.weight",), ((6, 5),))
+    with Curvature(case.model, case.objective()) as curvature:
+        (named,) = curvature.operators([block])
+        (plain,) = curvature.operators(resolve_blocks(case.model, "rows", ["0.weight"]))
+        rows = torch.arange(6)
+        close(named.matrix(rows), plain.matrix(rows), 1e-12)
 
 
 class Auxiliary(nn.Module):
@@ -392,9 +436,88 @@ def test_products_in_one_pass__equal_those_one_by_one(
         if at_once == 1:
             assert passes == [1] * 5
             passes.clear()
-    # GroupNorm's second derivative has no batching rule: a failed try, then one by one
-    assert passes == ([3, 1, 1, 1, 1, 1] if (case.name, matrix) == ("cnn", "hessian") else [3, 2])
+    # GroupNorm's second derivative cannot be batched
+    assert passes == ([1] * 5 if (case.name, matrix) == ("cnn", "hessian") else [3, 2])
     close(products[1], products[0], 1e-12)
+
+
+def test_products__go_on_one_by_one_after_a_pass_that_torch_could_not_batch(
+    get_case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, passes, taken = get_case("mlp-tanh"), [], LossGraph.hessian_products
+
+    def single(*args: Any) -> Any:
+        passes.append(len(args[2][0]))
+        if passes[-1] > 1:
+            raise RuntimeError("no batching rule")
+        return taken(*args)
+
+    monkeypatch.setattr(LossGraph, "hessian_products", single)
+    monkeypatch.setattr(LossGraph, "vectors_at_once", 3)
+    with Curvature(case.model, case.objective()) as curvature:
+        (operator,) = curvature.operators(resolve_blocks(case.model, "model"), "hessian")
+        operator.product(torch.ones(2, operator.size, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
+        operator.product(torch.ones(2, operator.size, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
+    assert passes == [2, 1, 1, 1, 1]
+
+
+class Normed(nn.Module):
+    """A network with GroupNorm over six channels at six positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv1d(2, 6, 1), nn.GroupNorm(1, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.out(self.norm(self.conv(x)).tanh().mean(2))
+        return outputs
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher"])
+@pytest.mark.parametrize("samples", [1, 6])
+def test_products_in_one_pass__of_group_norm_are_right_where_sizes_agree_by_chance(
+    matrix: MatrixKind, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Normed().double()
+    objective = Objective(
+        F.cross_entropy, torch.randn(samples, 2, 6, dtype=torch.float64), torch.arange(samples) % 3
+    )
+    found = []
+    for at_once in (1, 5):
+        monkeypatch.setattr(LossGraph, "vectors_at_once", at_once)
+        with Curvature(model, objective, max_bytes=1) as curvature:
+            (operator,) = curvature.operators(resolve_blocks(model, "layer", "conv.weight"), matrix)
+            found.append(operator.matrix(torch.zeros(1, dtype=torch.long)))
+    close(found[1], found[0], 1e-10)
+
+
+def test_products_in_one_pass__let_other_threads_warn(get_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, passes, raised = get_case("mlp-tanh"), [], []
+    taken = LossGraph.hessian_products
+
+    def warn() -> None:
+        try:
+            warnings.warn("from a loader of data", UserWarning, stacklevel=1)
+        except UserWarning as warning:
+            raised.append(warning)
+
+    def beside_a_thread(*args: Any) -> Any:
+        passes.append(len(args[2][0]))
+        thread = threading.Thread(target=warn)
+        thread.start()
+        thread.join()
+        warn()
+        return taken(*args)
+
+    monkeypatch.setattr(LossGraph, "hessian_products", beside_a_thread)
+    monkeypatch.setattr(LossGraph, "vectors_at_once", 3)
+    with warnings.catch_warnings(), Curvature(case.model, case.objective()) as curvature:
+        warnings.simplefilter("ignore")
+        (operator,) = curvature.operators(resolve_blocks(case.model, "model"), "hessian")
+        operator.product(torch.ones(5, operator.size, dtype=torch.float64), torch.zeros(5, dtype=torch.long))
+    assert passes == [3, 2]
+    assert raised == []
 
 
 def test_hessian__of_an_unused_parameter_is_the_regulariser() -> None:

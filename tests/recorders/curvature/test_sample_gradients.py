@@ -17,6 +17,7 @@ from hild_xr.recorders.curvature.sample_gradients import (
     FactoredGradients,
     GradientSampler,
     SampleGradients,
+    gram,
 )
 from hild_xr.recorders.objective import Objective
 
@@ -43,8 +44,27 @@ def test_representation__operations_are_those_of_the_explicit_matrix(gradients: 
     assert gradients.size == explicit.shape[1] == 12
     torch.testing.assert_close(gradients.apply(vectors), vectors @ explicit.T)
     torch.testing.assert_close(gradients.adjoint(weights), weights @ explicit)
-    torch.testing.assert_close(gradients.gram(), explicit @ explicit.T)
+    torch.testing.assert_close(gram([gradients]), explicit @ explicit.T)
     torch.testing.assert_close(gradients.squared_norms(), explicit.square().sum(1))
+
+
+@pytest.mark.parametrize("tile", [1, 4, 5, 100])
+@pytest.mark.parametrize("k", [1, 2])
+def test_gram__adds_parameters_up_tile_by_tile(tile: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hild_xr.recorders.curvature.sample_gradients._TILE_ON_CPU", tile)
+    delta = torch.randn(7, k, 3) if k > 1 else torch.randn(7, 3)
+    parts: list[SampleGradients] = [
+        FactoredGradients(delta, torch.randn(7, 4)),
+        ExplicitGradients(torch.randn(7 * k, 5)),
+    ]
+    explicit = torch.cat([part.explicit() for part in parts], dim=1)
+    torch.testing.assert_close(gram(parts), explicit @ explicit.T)
+
+
+def test_factored_with_bias__is_weight_and_bias() -> None:
+    delta, h = torch.randn(5, 3), torch.randn(5, 4)
+    expected = torch.cat([FactoredGradients(delta, h).explicit(), delta], dim=1)
+    torch.testing.assert_close(gram([FactoredGradients(delta, h).with_bias()]), expected @ expected.T)
 
 
 def test_factored__is_the_gradient_of_a_linear_layer() -> None:

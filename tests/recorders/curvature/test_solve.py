@@ -150,3 +150,28 @@ def test_gram__of_a_layer_with_its_bias_shares_one_product() -> None:
     operator = SecondMoment(block, parts, 600, None, delta.dtype, delta.device)
     rows = torch.cat([part.explicit() for part in parts], dim=1)
     torch.testing.assert_close(operator.gram(), rows @ rows.T / 600)
+
+
+@pytest.mark.parametrize(("guard", "probe_steps"), [(0, 0), (2, 8), (30, 20)])
+def test_search__takes_as_much_certainty_as_is_asked_for(guard: int, probe_steps: int) -> None:
+    rows = torch.randn(600, 200, generator=torch.Generator().manual_seed(1))
+    operator = gmatrix(rows)
+    found = solve(operator, SolveOptions(3, dense_up_to=0, guard=guard, probe_steps=probe_steps))
+    assert found.path == "lanczos"
+    assert bool(found.converged.all())
+    exact = torch.linalg.eigvalsh(rows.double().T @ rows.double() / 600).flip(0)
+    torch.testing.assert_close(found.eigenvalues, exact[:3], rtol=1e-4, atol=0)
+
+
+def test_certainty__costs_products() -> None:
+    rows = torch.randn(600, 200, generator=torch.Generator().manual_seed(1))
+    operator = gmatrix(rows)
+    unguarded = solve(operator, SolveOptions(3, dense_up_to=0, guard=0, probe_steps=0))
+    guarded = solve(operator, SolveOptions(3, dense_up_to=0))
+    assert int(unguarded.n_matvec) + 8 <= int(guarded.n_matvec)
+
+
+@pytest.mark.parametrize("wrong", [{"guard": -1}, {"probe_steps": -1}])
+def test_options__refuse_negative_certainty(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="0 or more"):
+        SolveOptions(3, **wrong)
