@@ -69,6 +69,7 @@ from hild_xr.analysis.trajectories.drift import (
     pairwise_subspace_overlap,
 )
 from hild_xr.analysis.trajectories.instabilities import instabilities, instability_rotation
+from hild_xr.analysis.trajectories.phases import landscape_phase
 from hild_xr.analysis.trajectories.relative_drift import relative_drift
 from hild_xr.analysis.trajectories.stability import (
     edge_of_stability,
@@ -109,6 +110,7 @@ __all__ = [  # noqa: RUF022  # grouped by topic
     "instability_rotation",
     "preconditioned_sharpness",
     "sharpness",
+    "landscape_phase",
     "stability_threshold",
     # rank
     "effective_parameters",

@@ -84,6 +84,7 @@ FORWARDED: dict[str, Forward] = {
     # eigenpairs along training, and the edge of stability
     "track": Forward(("eigenvalues", "eigenvectors")),
     "sharpness": _SPECTRUM,
+    "landscape_phase": Forward(("sharpness",), ("mode_connectivity", "cka")),
     "stability_threshold": Forward(("learning_rate",)),
     "edge_of_stability": Forward(("sharpness",), ("learning_rate", "train_loss")),
     "instabilities": Forward(("train_loss",), ("sharpness", "stability_threshold")),

@@ -1159,6 +1159,13 @@ _DECLARED = (
         "Largest eigenvalue of the Hessian, of a preconditioned method that of P^-1 H.",
     ),
     Variable(
+        "landscape_phase",
+        (),
+        "i",
+        "phase of the loss landscape",
+        "Phase of the loss landscape: sharp or flat, connected or not, alike or not; -1 where undefined.",
+    ),
+    Variable(
         "stability_threshold",
         (),
         "f",

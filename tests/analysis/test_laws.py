@@ -29,6 +29,7 @@ from hild_xr.analysis import (
     gauss_newton_split,
     grassmann_distances,
     kernel_alignment,
+    landscape_phase,
     noise_scale,
     numerical_rank,
     outliers,
@@ -217,6 +218,12 @@ CASES: dict[str, Callable[[Run], Result]] = {
         (r["weight"] ** 2).sum(["out", "in"]) + (r["rows"] ** 2).sum(["out", "eig", "in"]), r["weight"]
     ),
     "gauss_newton_split": lambda r: gauss_newton_split(r["hessian"], r["gauss_newton"], 2),
+    "landscape_phase": lambda r: landscape_phase(
+        *(getattr(r["weight"], name)(["out", "in"], skipna=False) for name in ("sum", "mean", "median")),
+        sharp_above=0.0,
+        barrier_below=0.0,
+        similar_above=0.0,
+    ),
 }
 NO_ARRAYS = {"random_alignment_baseline", "theory", "features"}
 # Records depend on those before, eigenpairs are told apart, or the unit is that of the eigenvalues: the laws
