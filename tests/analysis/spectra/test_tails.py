@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -113,7 +115,7 @@ def test_tail_index__takes_positive_values_only() -> None:
         ([2.0, 2.0, 2.0], {"minimum": 2.0}, 3, NAN),
         ([2.0, 2.0, 2.0], {}, 0, NAN),
         ([2.0, 1.0, NAN], {"k": 2}, 0, NAN),
-        ([np.e, 1.0, NAN], {"k": 1}, 1, 1.0),
+        ([math.e, 1.0, NAN], {"k": 1}, 1, 1.0),
     ],
 )
 def test_tail_index__without_a_tail_is_unknown(
