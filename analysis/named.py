@@ -233,7 +233,8 @@ _DECLARED = (
     ),
     NamedAnalysis(
         "rank",
-        "Numerical, stable and effective rank of every spectrum and of the weight matrices.",
+        "Numerical, stable and effective rank and participation ratio of every spectrum and of the weight "
+        "matrices.",
         whole_run.rank,
     ),
 )

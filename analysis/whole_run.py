@@ -5,7 +5,8 @@ labelled function of this package, and puts the results at the same places of a 
 what was computed of ``/hessian/fc1.weight`` lies at ``/hessian/fc1.weight``. A result
 carries the attributes of the group it was made from (matrix, blocks, samples, regulariser).
 What could not be compared is named, with the reason, in the attr ``left_out`` of the
-result's root. Nothing is computed.
+result's root; where only some of the records could be, the attr ``records`` of the result
+says how many. Nothing is computed.
 
 They are called by name through :mod:`hild_xr.analysis.named`.
 """
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 Result = xr.DataArray | xr.Dataset
 
 EIGENVECTORS, EIGENVALUES, WEIGHT, GRADIENT = "eigenvectors", "eigenvalues", "weight", "gradient"
+
+DEFAULT_GROUPS = {WEIGHT: "weights", GRADIENT: "gradients"}
+"""Groups that the probes of weights and gradients write to if they are given no other name."""
 
 
 # ---------------------------------------------------------------------------- finding and placing
@@ -84,7 +88,8 @@ def select_run(
         Seeds to keep; by default all.
     layers
         Names of layers or blocks, or patterns as of file names (``"fc1.*"``); by default all.
-        Groups that speak of no layer, such as ``metrics``, stay.
+        Groups that speak of no layer, such as ``metrics``, stay, and so do the weights and
+        gradients of the layers that a block is made of.
 
     Returns
     -------
@@ -110,11 +115,13 @@ def select_run(
     missing = [seed for seed in wanted or () if seed not in there]
     if missing:
         raise ValueError(f"expected seeds of the run, came {missing}; it has {there}")
+    parts = _parts_of(run, kept)
     nodes: dict[str, xr.Dataset] = {}
     for node in run.subtree:
         path = node.path[len(run.path) :].strip("/")
         layer = path.rpartition("/")[2] if "/" in path else None
-        if layer is None or layer in kept:
+        is_part = layer in parts and not DEFAULT_GROUPS.keys().isdisjoint(node.data_vars)
+        if layer is None or layer in kept or is_part:
             nodes[f"/{path}"] = _selected(node.to_dataset(), wanted, kept)
     selected = xr.DataTree.from_dict(nodes, name=run.name)
     selected.encoding = dict(run.encoding)
@@ -138,6 +145,20 @@ def _layers_of(run: xr.DataTree) -> list[str]:
     return list(names)
 
 
+def _parts_of(run: xr.DataTree, blocks: Sequence[str]) -> set[str]:
+    """Layers that blocks over several tensors are made of."""
+    found: set[str] = set()
+    for path, basis in nodes_with(run, EIGENVECTORS):
+        if path.rpartition("/")[2] in blocks:
+            found.update(_names_in(basis.attrs.get("layers", ())))
+    return found
+
+
+def _names_in(attr: str | Sequence[str]) -> list[str]:
+    """Names in an attr: some formats store a list of one as the name itself."""
+    return [attr] if isinstance(attr, str) else list(attr)
+
+
 def _seeds_of(run: xr.DataTree) -> list[int]:
     seeds: dict[int, None] = {}
     for node in run.subtree:
@@ -157,6 +178,11 @@ def _group_of(run: xr.DataTree, path: str) -> Mapping[str, Any]:
     """Attributes of the group that a node belongs to."""
     group = path.partition("/")[0]
     return {str(name): value for name, value in (run[group] if group else run).attrs.items()}
+
+
+def _regularizer_in(run: xr.DataTree, path: str) -> float:
+    """Return what the group of a node says was added to the diagonal of its matrix."""
+    return float(_group_of(run, path).get("regularizer") or 0.0)
 
 
 class _LeftOutError(Exception):
@@ -322,9 +348,12 @@ def overlap(run: xr.DataTree, *, k: int | None = None) -> xr.DataTree:
     found = dict(nodes_with(run, EIGENVECTORS))
 
     def of(first: str, other: str) -> xr.Dataset:
-        u, v = _common_records(_leading(found[first], k), _leading(found[other], k))
+        whole = {path.partition("/")[0]: _leading(found[path], k) for path in (first, other)}
+        u, v = _common_records(*whole.values())
         compared = (subspace_overlap(u, v), subspace_alignment(u, v))
-        return xr.Dataset({str(array.name): array for array in compared})
+        (mine, theirs), (of_mine, of_theirs) = whole, whole.values()
+        told = [_what_is_left(of_mine, u, mine, theirs), _what_is_left(of_theirs, v, theirs, mine)]
+        return _with_records(xr.Dataset({str(array.name): array for array in compared}), *told)
 
     def jobs() -> Iterator[tuple[str, Callable[[], Result]]]:
         for first, other in _pairs_of_matrices(run, list(found)):
@@ -349,15 +378,32 @@ def _common_records(a: xr.DataArray, b: xr.DataArray) -> tuple[xr.DataArray, xr.
     """Keep the seeds and steps that both arrays have; other dims must agree anyway."""
     others = {*a.dims, *b.dims} - {DIM_SEED, DIM_STEP}
     kept = xr.align(a, b, join="inner", copy=False, exclude=others)
-    if kept[0].sizes[DIM_STEP] == 0 and a.sizes[DIM_STEP] and b.sizes[DIM_STEP]:
-        raise _LeftOutError("no step at which both were recorded")
+    for dim, said in ((DIM_STEP, "no step at which"), (DIM_SEED, "no seed of which")):
+        if kept[0].sizes.get(dim) == 0 and a.sizes[dim] and b.sizes.get(dim):
+            raise _LeftOutError(f"{said} both were recorded")
     return kept
+
+
+def _what_is_left(whole: xr.DataArray, kept: xr.DataArray, what: str, other: str) -> str | None:
+    """Say how many steps and seeds are compared, if not all are."""
+    dims = [dim for dim in (DIM_STEP, DIM_SEED) if kept.sizes.get(dim) != whole.sizes.get(dim)]
+    counts = " and ".join(f"{kept.sizes[dim]} of {whole.sizes[dim]} {dim}s" for dim in dims)
+    return f"{counts} of {what}; the others have no {other}" if dims else None
+
+
+def _with_records(result: Result, *told: str | None) -> xr.Dataset:
+    """Note in the attr ``records`` that not all records could be compared."""
+    dataset = result.to_dataset() if isinstance(result, xr.DataArray) else result
+    said = ". ".join(text for text in told if text is not None)
+    return dataset.assign_attrs(records=said) if said else dataset
 
 
 # ---------------------------------------------------------------------------- vectors and subspaces
 
 
-def alignment(run: xr.DataTree, *, k: int | None = None, min_norm: float = 0.0) -> xr.DataTree:
+def alignment(
+    run: xr.DataTree, *, k: int | None = None, min_norm: float = 0.0, weights: str | None = None
+) -> xr.DataTree:
     """Alignment of the weights with the eigenspaces of their own blocks.
 
     Parameters
@@ -368,27 +414,31 @@ def alignment(run: xr.DataTree, *, k: int | None = None, min_norm: float = 0.0) 
         As in :func:`angles`.
     min_norm
         As in :func:`hild_xr.analysis.alignment`.
+    weights
+        Group of the weights. By default the one that holds them in the form of the
+        eigenvectors, whole or sketched alike; of several such groups ``weights``.
 
     Returns
     -------
     xarray.DataTree
         ``alignment`` at the path of each node with eigenvectors, at the steps and seeds that
-        both have. Blocks whose weights were not recorded, or in another form (sketched), are
-        left out.
+        both have; the attr ``weights`` is the group. Blocks whose weights were not recorded,
+        or in another form (sketched), are left out.
 
     Raises
     ------
     ValueError
-        If k is less than 1, or min_norm is not in [0, 1).
+        If k is less than 1, min_norm is not in [0, 1), there is no such group of weights, or
+        several that fit, none of them ``weights``.
     """
 
     def of(weight: xr.DataArray, basis: xr.DataArray, vector_dims: Sequence[str]) -> xr.DataArray:
         return alignment_of(weight, basis, vector_dims=vector_dims, min_norm=min_norm)
 
-    return _results(run, _with_eigenvectors(run, WEIGHT, k, of))
+    return _results(run, _with_eigenvectors(run, WEIGHT, weights, k, of))
 
 
-def projection(run: xr.DataTree, *, k: int | None = None) -> xr.DataTree:
+def projection(run: xr.DataTree, *, k: int | None = None, gradients: str | None = None) -> xr.DataTree:
     """Part of the gradient that lies in the dominant eigenspace of its own block.
 
     Parameters
@@ -397,58 +447,102 @@ def projection(run: xr.DataTree, *, k: int | None = None) -> xr.DataTree:
         Tree of a run with ``gradient`` and ``eigenvectors``.
     k
         As in :func:`angles`; the papers take the number of classes.
+    gradients
+        Group of the gradients, by default chosen as the weights are in :func:`alignment`.
 
     Returns
     -------
     xarray.DataTree
         ``chi`` and ``f_top`` at the path of each node with eigenvectors, at the steps and
         seeds that both have; see :func:`hild_xr.analysis.projection`, which also gives the
-        two parts themselves. Blocks whose gradients were not recorded, or in another form
-        (sketched), are left out.
+        two parts themselves; the attr ``gradients`` is the group. Blocks whose gradients were
+        not recorded, or in another form (sketched), are left out.
 
     Raises
     ------
     ValueError
-        If k is less than 1.
+        If k is less than 1, there is no such group of gradients, or several that fit, none of
+        them ``gradients``.
     """
 
     def of(gradient: xr.DataArray, basis: xr.DataArray, vector_dims: Sequence[str]) -> xr.Dataset:
         return projection_of(gradient, basis, vector_dims=vector_dims)[["chi", "f_top"]]
 
-    return _results(run, _with_eigenvectors(run, GRADIENT, k, of))
+    return _results(run, _with_eigenvectors(run, GRADIENT, gradients, k, of))
 
 
 def _with_eigenvectors(
     run: xr.DataTree,
     variable: str,
+    asked: str | None,
     k: int | None,
     function: Callable[[xr.DataArray, xr.DataArray, Sequence[str]], Result],
 ) -> Iterator[tuple[str, Callable[[], Result]]]:
     """Bring the vectors of each layer together with the eigenvectors of its blocks."""
-    vectors = {path.rpartition("/")[2]: vector for path, vector in nodes_with(run, variable)}
+    groups = _by_group(run, variable, asked)
 
     def of(path: str, basis: xr.DataArray) -> Result:
-        vector = _in_layout_of(basis, vectors, path.rpartition("/")[2], variable)
-        dims = basis.attrs["vector_dims"]
-        return function(*_common_records(vector, _leading(basis, k)), dims)
+        layer = path.rpartition("/")[2]
+        group = _group_in_form_of(basis, groups, layer, variable)
+        vector, vectors = _in_layout_of(basis, groups[group], layer), _leading(basis, k)
+        kept_vector, kept = _common_records(vector, vectors)
+        result = function(kept_vector, kept, basis.attrs["vector_dims"])
+        dataset = _with_records(result, _what_is_left(vectors, kept, EIGENVECTORS, variable))
+        return dataset.assign_attrs({DEFAULT_GROUPS[variable]: group})
 
     return _at_each(run, EIGENVECTORS, of)
 
 
-def _in_layout_of(
-    basis: xr.DataArray, vectors: Mapping[str, xr.DataArray], layer: str, variable: str
-) -> xr.DataArray:
-    """Weights or gradients in the layout of the eigenvectors."""
+def _by_group(run: xr.DataTree, variable: str, asked: str | None) -> dict[str, dict[str, xr.DataArray]]:
+    """Vectors of the layers by group, of all groups or of the one asked for."""
+    groups: dict[str, dict[str, xr.DataArray]] = {}
+    for path, vector in nodes_with(run, variable):
+        group, _, layer = path.rpartition("/")
+        groups.setdefault(group, {})[layer] = vector
+    if asked is None:
+        return groups
+    if asked not in groups:
+        raise ValueError(f"expected a group that holds {variable!r}, came {asked!r}; there are {[*groups]}")
+    return {asked: groups[asked]}
+
+
+def _group_in_form_of(
+    basis: xr.DataArray, groups: Mapping[str, Mapping[str, xr.DataArray]], layer: str, variable: str
+) -> str:
+    """Choose the group that holds all layers of a block in the form of its eigenvectors."""
+    names = _layers_in(basis, layer)
+    holding = [group for group, vectors in groups.items() if vectors.keys() >= set(names)]
+    if not holding:
+        nowhere = [name for name in names if not any(name in vectors for vectors in groups.values())]
+        reason = (
+            f"no {variable} of {nowhere}" if nowhere else f"no group has the {variable} of all of {names}"
+        )
+        raise _LeftOutError(reason)
     sketched = basis.attrs.get("sketch")
-    layers = basis.attrs.get("layers", layer) if sketched is None else layer
-    names = [layers] if isinstance(layers, str) else list(layers)
-    missing = [name for name in names if name not in vectors]
-    if missing:
-        raise _LeftOutError(f"no {variable} of {missing}")
-    if any(vectors[name].attrs.get("sketch") != sketched for name in names):
+    alike = [
+        group
+        for group in holding
+        if all(groups[group][name].attrs.get("sketch") == sketched for name in names)
+    ]
+    if not alike:
         raise _LeftOutError(f"{variable} and eigenvectors are not sketched alike")
-    if sketched is None and "layers" in basis.attrs:
-        return flatten_like({name: vectors[name] for name in names}, basis)
+    default = DEFAULT_GROUPS[variable]
+    if default in alike or len(alike) == 1:
+        return default if default in alike else alike[0]
+    raise ValueError(
+        f"{layer!r} has its {variable} in the groups {alike}: choose one, for example {default}={alike[0]!r}"
+    )
+
+
+def _layers_in(basis: xr.DataArray, layer: str) -> list[str]:
+    """Layers whose vectors make up that of a block; sketches of blocks are stored under its own name."""
+    return [layer] if "sketch" in basis.attrs else _names_in(basis.attrs.get("layers", layer))
+
+
+def _in_layout_of(basis: xr.DataArray, vectors: Mapping[str, xr.DataArray], layer: str) -> xr.DataArray:
+    """Weights or gradients in the layout of the eigenvectors."""
+    if "sketch" not in basis.attrs and "layers" in basis.attrs:
+        return flatten_like({name: vectors[name] for name in _layers_in(basis, layer)}, basis)
     return vectors[layer]
 
 
@@ -490,7 +584,7 @@ def outliers(
     def of(path: str, eigenvalues: xr.DataArray) -> xr.Dataset:
         if k is not None and k >= eigenvalues.sizes[DIM_EIG]:
             raise _LeftOutError(f"{eigenvalues.sizes[DIM_EIG]} eigenvalues recorded, k={k} needs one more")
-        beta = float(_group_of(run, path).get("regularizer") or 0.0)
+        beta = _regularizer_in(run, path)
         return outliers_of(
             eigenvalues, method=method, k=k, threshold=threshold, edge=edge, ratio=ratio, regularizer=beta
         )
@@ -541,7 +635,9 @@ def tracks(
 
 
 def rank(run: xr.DataTree, *, rtol: float | None = None) -> xr.DataTree:
-    """Numerical, stable and effective rank of the recorded spectra and of the weight matrices.
+    """Ranks and participation ratio of the recorded spectra and of the weight matrices.
+
+    The regulariser that a group says is in its matrix is subtracted from the eigenvalues.
 
     Parameters
     ----------
@@ -553,9 +649,9 @@ def rank(run: xr.DataTree, *, rtol: float | None = None) -> xr.DataTree:
     Returns
     -------
     xarray.DataTree
-        ``numerical_rank``, ``stable_rank`` and ``effective_rank`` at the path of each node
-        with eigenvalues, and of each with a weight matrix; of more than two dims, the first
-        is taken against all others. Weights of one dim are left out.
+        ``numerical_rank``, ``stable_rank``, ``effective_rank`` and ``participation_ratio`` at
+        the path of each node with eigenvalues, and of each with a weight matrix; of more than
+        two dims, the first is taken against all others. Weights of one dim are left out.
 
     Raises
     ------
@@ -569,8 +665,8 @@ def rank(run: xr.DataTree, *, rtol: float | None = None) -> xr.DataTree:
             raise _LeftOutError("no matrix")
         return rank_of(*_as_matrix(weight, *dims), rtol=rtol)
 
-    def of_spectrum(_: str, eigenvalues: xr.DataArray) -> xr.Dataset:
-        return rank_of(eigenvalues, rtol=rtol)
+    def of_spectrum(path: str, eigenvalues: xr.DataArray) -> xr.Dataset:
+        return rank_of(eigenvalues, rtol=rtol, regularizer=_regularizer_in(run, path))
 
     jobs = [*_at_each(run, EIGENVALUES, of_spectrum), *_at_each(run, WEIGHT, of_weight)]
     return _results(run, jobs)

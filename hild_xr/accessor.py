@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from hild_xr.forwarding import ANY, FORWARDED, LAYERS, TREE, Forward
+from hild_xr.variables import DIM_LAYER
 
 if TYPE_CHECKING:
     import os
@@ -30,6 +31,8 @@ Labelled = xr.DataArray | xr.Dataset | xr.DataTree
 
 def _variable(labelled: Labelled, names: str) -> Labelled:
     """Return the DataArray itself, or the variable of that name in the dataset or node.
+
+    Eigenvalues of all layers lie in the group: for the node of a layer its own are taken there.
 
     Raises
     ------
@@ -50,11 +53,25 @@ def _variable(labelled: Labelled, names: str) -> Labelled:
     for name in alternatives:
         if name in labelled.data_vars:
             return labelled.data_vars[name]
+    for name in alternatives:
+        if (of_layer := _of_own_layer(labelled, name)) is not None:
+            return of_layer
     below = labelled.subtree if isinstance(labelled, xr.DataTree) else ()
     paths = [node.path for node in below if any(name in node.data_vars for name in alternatives)]
     hint = f"take one of the nodes {paths}" if paths else "pass the DataArray itself"
     wanted = "" if names == ANY else f" {' or '.join(map(repr, alternatives))}"
     raise KeyError(f"expected a variable{wanted}, came {sorted(map(str, labelled.data_vars))}; {hint}")
+
+
+def _of_own_layer(labelled: xr.Dataset | xr.DataTree, name: str) -> xr.DataArray | None:
+    """Return what the group above holds of this layer, if it does."""
+    group = labelled.parent if isinstance(labelled, xr.DataTree) else None
+    if group is None or name not in group.data_vars:
+        return None
+    array = group.data_vars[name]
+    if DIM_LAYER not in array.indexes or labelled.name not in array.indexes[DIM_LAYER]:
+        return None
+    return array.sel({DIM_LAYER: labelled.name}, drop=True)
 
 
 def _method(name: str, takes: Forward) -> Callable[..., Any]:

@@ -14,13 +14,15 @@ A result store is a plain Zarr store with a group for each analysis::
 
 from __future__ import annotations
 
+import atexit
+import errno
 import hashlib
 import shutil
 import sys
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ import xarray as xr
 import zarr
 from tqdm import tqdm
 
-from hild_xr.analysis.named import AnalysisError, find_analysis
+from hild_xr.analysis.named import AnalysisError, NotRecordedError, find_analysis
 from hild_xr.analysis.whole_run import select_run
 from hild_xr.provenance import provenance
 from hild_xr.store.backends import UnusableTargetError, locate
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
+    from hild_xr.analysis.named import NamedAnalysis
     from hild_xr.store.backends import StoreLike
 
 # dask declares no types
@@ -92,9 +95,10 @@ def analyze(
     -------
     xarray.DataTree
         A child for each analysis. Attrs of the root: ``hild_xr_analyses`` (names and
-        options), ``source`` (where the run lies), ``source_metadata_sha256`` and
-        ``source_committed_sha256`` (its plan and metadata, and which records were committed
-        when it was opened), ``provenance`` and ``schema_version``.
+        options), ``seeds`` and ``layers`` if some were chosen, ``source`` (where the run
+        lies), ``source_metadata_sha256`` and ``source_committed_sha256`` (its plan and
+        metadata, and which records were committed when it was opened), ``provenance`` and
+        ``schema_version``.
 
     Raises
     ------
@@ -102,11 +106,11 @@ def analyze(
         If an analysis is unknown, lacks what it needs in this run, fails, or has no such
         option; see its subclasses in :mod:`hild_xr.analysis.named`.
     FileExistsError
-        If `out` exists and `overwrite` is not given.
+        If `out` exists and `overwrite` is not given, or another analysis wrote it meanwhile.
     NotAStoreError
         If the run is none, or `out` holds something else than results.
     UnusableTargetError
-        If `out` is no local folder.
+        If `out` is no local folder, or lies inside a store.
 
     Examples
     --------
@@ -128,16 +132,27 @@ def analyze(
     # all of them before the run is opened: a name that is wrong should not cost a look at the store
     analyses = [find_analysis(name) for name in names]
     tree = run if isinstance(run, xr.DataTree) else open_run(run)
+    chosen: dict[str, list[Any]] = {}
+    if seeds is not None:
+        chosen["seeds"] = [int(seed) for seed in seeds]
+    if layers is not None:
+        chosen["layers"] = list(layers)
     try:
-        selected = select_run(tree, seeds=seeds, layers=layers)
+        selected = select_run(tree, **chosen)
     except ValueError as error:
         raise AnalysisError(str(error)) from error
-    results = {analysis.name: analysis(selected, **options.get(analysis.name, {})) for analysis in analyses}
+    try:
+        results = {made.name: made(selected, **options.get(made.name, {})) for made in analyses}
+    except NotRecordedError as error:
+        if not chosen:
+            raise
+        said = " and ".join(f"{what} {values}" for what, values in chosen.items())
+        raise NotRecordedError(f"{error}. Of the run only the {said} were taken, as asked for") from error
     result = _joined(results)
-    result.attrs = _about(tree, {name: dict(options.get(name, {})) for name in names})
+    result.attrs = _about(tree, {name: dict(options.get(name, {})) for name in names}) | chosen
     if path is None:
         return result
-    with _new_folder(path, overwrite=overwrite) as scratch:
+    with _new_folder(path, overwrite=overwrite) as scratch, _named_in_failures(analyses):
         _write(result, scratch, progress=progress)
     return xr.open_datatree(path, engine="zarr", chunks={})
 
@@ -200,14 +215,23 @@ def _free(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"{location}: results are written into a local folder, which is renamed when it is complete; "
             "write there and copy it"
         )
-    path = location.path
+    for folder in location.path.resolve().parents:
+        if (folder / "zarr.json").exists():
+            raise UnusableTargetError(
+                f"{location.path} lies inside the store {folder}, which is left as it is; choose a path "
+                "outside"
+            )
+    _require_free(location.path, overwrite=overwrite)
+    return location.path
+
+
+def _require_free(path: Path, *, overwrite: bool) -> None:
     if not path.exists():
-        return path
+        return
     if not overwrite:
         raise FileExistsError(f"{path} exists; choose another path, or overwrite it (--overwrite)")
     if not _holds_results(path):
         raise NotAStoreError(f"{path} holds no results of an analysis and is not overwritten")
-    return path
 
 
 def _holds_results(path: Path) -> bool:
@@ -221,17 +245,48 @@ def _holds_results(path: Path) -> bool:
 def _new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder beside the path that gets its name at the end, or is deleted on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex
-    scratch = path.with_name(f".{path.name}.{token}.analyzing")
-    old = path.with_name(f".{path.name}.{token}.replaced")
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.analyzing")
     try:
         yield scratch
-        if overwrite and path.exists():
-            path.rename(old)
-        scratch.rename(path)
-    finally:
+        _require_free(path, overwrite=overwrite)  # much may have been written since it was
+        _give_name(scratch, path, overwrite=overwrite)
+    except BaseException:
+        # tasks on other threads may write on; all of them have ended when the process does
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        raise
+
+
+def _give_name(scratch: Path, path: Path, *, overwrite: bool) -> None:
+    """Rename the folder. What had its name is deleted then, or gets it back if that fails."""
+    old = scratch.with_suffix(".replaced")
+    try:
+        if overwrite:
+            with suppress(FileNotFoundError):
+                path.rename(old)
+        scratch.rename(path)
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise FileExistsError(
+                f"{path} was written by another analysis at the same time; choose another path"
+            ) from error
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named_in_failures(analyses: Iterable[NamedAnalysis]) -> Iterator[None]:
+    """Add to what is raised which analyses were computed: the traceback of a lazy one names none."""
+    try:
+        yield
+    except Exception as error:
+        listed = ", ".join(f"{made.name!r} of the distribution {made.distribution}" for made in analyses)
+        error.add_note(f"while computing {listed}")
+        raise
 
 
 def _write(result: xr.DataTree, folder: Path, *, progress: bool) -> None:

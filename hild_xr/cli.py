@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -116,7 +118,7 @@ def validate(
 def analyze(
     run: Annotated[str | None, typer.Argument(help="Path or URL of a stored run.")] = None,
     what: Annotated[str | None, typer.Option(help="Analyses, with commas between: angles,outliers.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results, a labelled Zarr store.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the results, a labelled Zarr store.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="An option of an analysis: outliers.method=relative. Repeatable.")
     ] = None,
@@ -139,7 +141,7 @@ def analyze(
     xr.open_datatree("RESULT.zarr", engine="zarr").
 
     The exit code is 1 if the run does not hold what an analysis needs, or an analysis that
-    another package brings fails; 2 for wrong usage. Nothing is written then.
+    another package brings fails; 2 for wrong usage; 143 after SIGTERM. Nothing is written then.
     """
     from hild_xr.analysis.named import AnalysisError, BrokenAnalysisError, NotRecordedError
 
@@ -151,7 +153,7 @@ def analyze(
     from hild_xr.analyze import analyze as run_analyses
 
     try:
-        with _cluster(scheduler):
+        with _stopped_cleanly(), _cluster(scheduler):
             results = run_analyses(
                 run,
                 what,
@@ -172,8 +174,12 @@ def analyze(
         if node.data_vars
     }
     left_out = {name: node.attrs["left_out"] for name, node in results.items() if "left_out" in node.attrs}
+    records = {node.path: node.attrs["records"] for node in results.subtree if "records" in node.attrs}
+    for path, said in records.items():
+        typer.echo(f"{path}: {said}", err=True)
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "results": written, "left_out": left_out}, indent=2))
+        told = {"out": out, "results": written, "left_out": left_out, "records": records}
+        typer.echo(json.dumps(told, indent=2))
         return
     for path, arrays in written.items():
         typer.echo(f"{path}: {', '.join(arrays)}")
@@ -222,6 +228,27 @@ def _options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         except json.JSONDecodeError:
             options.setdefault(analysis, {})[name] = value
     return options
+
+
+@contextmanager
+def _stopped_cleanly() -> Iterator[None]:
+    """Turn the signals that end a job into SystemExit, so that what was begun is cleared away."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the clearing away
+        raise SystemExit(128 + number)
+
+    # Windows has no SIGHUP; signals can be handled in the main thread only; nohup ignores SIGHUP
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in numbers if is_main and signal.getsignal(n) == signal.SIG_DFL}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _cluster(scheduler: str | None) -> AbstractContextManager[object]:
@@ -291,7 +318,8 @@ def main() -> None:
 
 
 def _fail(error: Exception, message: str | None = None, exit_code: int = EXIT_USAGE) -> NoReturn:
-    typer.echo(f"hild-xr: {error if message is None else message}", err=True)
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    typer.echo(f"hild-xr: {error if message is None else message}{notes}", err=True)
     raise SystemExit(exit_code) from error
 
 

@@ -111,7 +111,7 @@ FORWARDED: dict[str, Forward] = {
     "noise_scale": Forward(("trace",), ("gradient",)),
     "positive_fraction": _SPECTRUM,
     "r_med": Forward(("diagonal",)),
-    "relative_drift": Forward((f"weight|{_KERNELS}|eigenvalues",)),
+    "relative_drift": Forward((f"weight|{_KERNELS}|agop|eigenvalues",)),
     "trace_to_frobenius": Forward(("trace",), ("frobenius_norm",)),
     # features: classes, predictions, neurons, latent states
     "neural_collapse": _of_features(LAYERS),

@@ -1102,7 +1102,7 @@ _DECLARED = (
         (),
         "f",
         "rotation",
-        "One minus the overlap of the eigenvectors, or of their spans, before and after.",
+        "One minus the overlap of the eigenpair, in a group of its span, with the last record of the track.",
     ),
     # subspaces: distances, projections, updates
     Variable(
@@ -1234,6 +1234,13 @@ _DECLARED = (
         "f",
         "flattening",
         "Sharpness before the instability less the sharpness after it.",
+    ),
+    Variable(
+        "instability_rotation",
+        (),
+        "f",
+        "rotation of the span",
+        "One minus the root of the subspace overlap of the eigenvectors before and after the instability.",
     ),
     Variable(
         "effective_parameters",

@@ -103,6 +103,18 @@ def test_methods__take_several_variables_of_one_node_or_one_by_one() -> None:
     assert same(nodes.hild.spectral_distribution(node, [0.0, 1.0]), expected)
 
 
+def test_methods__take_what_the_group_holds_of_the_layer() -> None:
+    run = TREE.copy()
+    run["hessian"].dataset = run["hessian"].to_dataset().assign_coords(layer=["fc.weight"])
+    eigenvalues = run["hessian/eigenvalues"].sel(layer="fc.weight", drop=True)
+    node = run["hessian/fc.weight"]
+    assert same(node.hild.track(), analysis.track(eigenvalues, H["eigenvectors"]))
+    assert same(node.hild.outliers(), analysis.outliers(eigenvalues))
+    run["hessian"].dataset = run["hessian"].to_dataset().assign_coords(layer=["fc2.weight"])
+    with pytest.raises(KeyError, match="expected a variable 'eigenvalues'"):
+        run["hessian/fc.weight"].hild.track()
+
+
 def test_methods__take_the_first_variable_that_is_there() -> None:
     values = np.exp(np.linspace(0, 5, 50))
     node = xr.Dataset({"singular_values": ("eig", values)})

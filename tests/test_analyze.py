@@ -13,8 +13,8 @@ import zarr
 
 import hild_xr as hx
 from hild_xr import analysis
-from hild_xr.analysis.named import AnalysisError, NotRecordedError, UnknownAnalysisError
-from hild_xr.analyze import analyze
+from hild_xr.analysis.named import AnalysisError, NamedAnalysis, NotRecordedError, UnknownAnalysisError
+from hild_xr.analyze import _new_folder, analyze
 from hild_xr.store import DamagedRecordError, NotAStoreError, RunWriter, UnusableTargetError
 from hild_xr.testing import random_record, spectrum_plan
 
@@ -95,6 +95,8 @@ def test_selection__of_seeds_and_layers(run_path: Path, tmp_path: Path) -> None:
     whole = analyze(run_path, "angles,outliers")
     expected = whole["outliers/hessian"].to_dataset().sel(seed=[1])
     xr.testing.assert_identical(found["outliers/hessian"].to_dataset().compute(), expected.compute())
+    assert (found.attrs["seeds"], found.attrs["layers"]) == ([1], ["fc.*"])
+    assert not whole.attrs.keys() & {"seeds", "layers"}
     with pytest.raises(AnalysisError, match=r"expected seeds of the run, came \[5\]"):
         analyze(run_path, "angles", seeds=[5])
     with pytest.raises(AnalysisError, match="expected layers of the run, came 'conv1'"):
@@ -155,6 +157,113 @@ def test_failure__leaves_nothing_behind_and_the_old_result_in_place(run_path: Pa
         analyze(damaged, "outliers", out, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.zarr", "run.zarr"]
     assert list(xr.open_datatree(out, engine="zarr").children) == ["rank"]
+
+
+def test_old_result__comes_back_if_the_new_one_cannot_get_its_name(
+    run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "results.zarr", Path.rename
+    analyze(run_path, "rank", out)
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == ".analyzing":
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError):
+        analyze(run_path, "outliers", out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
+    assert list(xr.open_datatree(out, engine="zarr").children) == ["rank"]
+
+
+def test_old_result__that_cannot_come_back_is_not_deleted(
+    run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "results.zarr", Path.rename
+    analyze(run_path, "rank", out)
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix in {".analyzing", ".replaced"}:
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError):
+        analyze(run_path, "outliers", out, overwrite=True)
+    (old,) = tmp_path.iterdir()
+    assert old.suffix == ".replaced"
+    assert list(xr.open_datatree(old, engine="zarr").children) == ["rank"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_analyses_with_one_out__end_with_the_first_and_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    out, rename = tmp_path / "results.zarr", Path.rename
+
+    def another_is_faster(self: Path, target: Path) -> Path:
+        if self.suffix == ".analyzing":
+            zarr.create_group(out)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", another_is_faster)
+    with (
+        pytest.raises(FileExistsError, match="was written by another analysis at the same time"),
+        _new_folder(out, overwrite=overwrite) as scratch,
+    ):
+        scratch.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
+
+
+def test_out__that_was_written_during_the_analysis_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "results.zarr"
+    with (
+        pytest.raises(FileExistsError, match="choose another path"),
+        _new_folder(out, overwrite=False) as new,
+    ):
+        new.mkdir()
+        out.mkdir()
+    with pytest.raises(NotAStoreError, match="holds no results"), _new_folder(out, overwrite=True) as new:
+        new.mkdir()
+    assert list(tmp_path.rglob("*")) == [out]
+
+
+def test_out__inside_the_run_is_refused(run_path: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.zarr"
+    shutil.copytree(run_path, run)
+    (tmp_path / "link").symlink_to(run)
+    before = sorted(run.rglob("*"))
+    for out in (run / "results.zarr", run / "hessian/a/b", tmp_path / "link/results.zarr"):
+        with pytest.raises(UnusableTargetError, match=r"lies inside the store .*; choose a path outside"):
+            analyze(run, "rank", out)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_failure_of_a_lazy_analysis__names_it(
+    run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(block: np.ndarray) -> np.ndarray:
+        raise ZeroDivisionError
+
+    def lazy(run: xr.DataTree) -> xr.Dataset:
+        loss = run["metrics/train_loss"]
+        return loss.copy(data=loss.data.map_blocks(fail, dtype=float)).to_dataset(name="loss")
+
+    late = NamedAnalysis("late", "Fails late.", lazy, distribution="late-tools 1.2")
+    monkeypatch.setattr("hild_xr.analyze.find_analysis", lambda name: late)
+    with pytest.raises(ZeroDivisionError) as raised:
+        analyze(run_path, "late", tmp_path / "results.zarr")
+    assert raised.value.__notes__ == ["while computing 'late' of the distribution late-tools 1.2"]
+
+
+def test_analysis_of_chosen_layers__that_lack_what_it_needs_says_that_they_were_chosen(
+    run_path: Path,
+) -> None:
+    run = hx.open(run_path)
+    run["hessian/other"] = xr.Dataset()
+    with pytest.raises(NotRecordedError, match=r"only the layers \['other'\] were taken, as asked for"):
+        analyze(run, "alignment", layers=["other"])
 
 
 def test_wrong_names__are_refused_before_the_run_is_opened(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -294,6 +298,70 @@ def test_analyze__option_that_cannot_be_read_is_a_usage_error(spectra_path: Path
     shown = runner.invoke(cli.app, ["analyze", str(spectra_path), *arguments])
     assert shown.exit_code == 2
     assert "expected analysis.option=value, came 'rtol=0.1'" in " ".join(shown.output.split())
+
+
+def test_analyze__takes_a_url_as_out_without_harm(
+    spectra_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fsspec")
+    arguments = ["analyze", str(spectra_path), "--what", "rank", "--out", "memory://bucket/x"]
+    said = assert_refused(arguments, monkeypatch, capsys)
+    assert "memory://bucket/x: results are written into a local folder" in said
+
+
+def test_analyze__says_which_records_have_no_counterpart(tmp_path: Path) -> None:
+    plan, path, out = spectrum_plan(steps=(0, 1, 2)), tmp_path / "run.zarr", tmp_path / "results.zarr"
+    weights = plan.probes["weights"].model_copy(update={"steps": (0, 2)})
+    plan = plan.model_copy(update={"probes": {**plan.probes, "weights": weights}})
+    with RunWriter(path, plan, 0) as writer:
+        for probe in ("weights", "hessian"):
+            for step in plan.probes[probe].steps:
+                writer.write(probe, step, random_record(plan, probe, seed=0, step=step))
+    arguments = ["analyze", str(path), "--what", "alignment", "--out", str(out), "--quiet"]
+    said = "2 of 3 steps of eigenvectors; the others have no weight"
+    shown = runner.invoke(cli.app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr == f"/alignment/hessian/fc.weight: {said}\n"
+    told = json.loads(runner.invoke(cli.app, [*arguments, "--overwrite", "--json"]).stdout)
+    assert told["records"] == {"/alignment/hessian/fc.weight": said}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_analyze__that_is_stopped_by_a_signal_leaves_nothing_behind(
+    spectra_path: Path, tmp_path: Path, name: str, code: int
+) -> None:
+    folder = tmp_path / "out"
+    program = (
+        "import time, pathlib, hild_xr.analyze, hild_xr.cli\n"
+        "def write(result, scratch, *, progress):\n"
+        "    scratch.mkdir()\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(60)\n"
+        "hild_xr.analyze._write = write\n"
+        "hild_xr.cli.main()"
+    )
+    arguments = ["analyze", str(spectra_path), "--what", "rank", "--out", str(folder / "a.zarr"), "-q"]
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert len(list(folder.iterdir())) == 1
+        os.kill(process.pid, getattr(signal, name))
+        assert process.wait(30) == code
+    assert list(folder.iterdir()) == []
+
+
+def test_analyze__gives_signals_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with cli._stopped_cleanly():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with cli._stopped_cleanly():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_analyze__of_no_run_is_a_usage_error(

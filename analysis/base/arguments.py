@@ -358,7 +358,7 @@ def apply_kernel(
     Core dims are rechunked to one chunk each, since a kernel sees whole
     vectors; the chunks along all other dims are kept (made common where the
     arrays differ). Nothing is computed for dask-backed arrays; their kernels run on
-    one BLAS thread each (:mod:`hild_xr.analysis.threads`).
+    one BLAS thread each (:mod:`hild_xr.analysis.base.threads`).
 
     Parameters
     ----------
@@ -373,7 +373,13 @@ def apply_kernel(
     -------
     xarray.DataArray or tuple of xarray.DataArray
         With the coords of the arguments along the dims that are left; those
-        without index are taken from the first argument that has them.
+        without index are taken from the first argument that has them, and
+        scalar ones are left out where they differ.
+
+    Raises
+    ------
+    ValueError
+        If an argument has a dim of the result's own beside its core dims.
 
     Examples
     --------
@@ -381,6 +387,7 @@ def apply_kernel(
     >>> apply_kernel(lambda x: x.sum(-1), [a], [["in"]]).compute().values
     array([2., 2., 2.])
     """
+    _require_no_own_dims(arrays, core_dims, output_dims)
     arrays = _first_coords_only(arrays)
     if any(array.size == 0 for array in arrays):
         # a run without records yet: the result is empty whatever the others hold. dask refuses to
@@ -403,13 +410,50 @@ def apply_kernel(
 
 
 def _first_coords_only(arrays: Sequence[xr.DataArray]) -> list[xr.DataArray]:
-    """Drop coords without index that an earlier array has too: xarray would compute them to compare them."""
+    """Leave each coord without index to the first array that has it, and scalar ones that differ to none.
+
+    xarray would compute lazy ones to compare them.
+    """
+    named: dict[Hashable, list[xr.Variable]] = {}
+    for array in arrays:
+        for name, coord in array.coords.items():
+            named.setdefault(name, []).append(coord.variable)
     seen: set[Hashable] = set()
     kept = []
     for array in arrays:
-        kept.append(array.drop_vars([c for c in array.coords if c in seen and c not in array.indexes]))
-        seen.update(array.coords)
+        dropped = [
+            name
+            for name, coord in array.coords.items()
+            if name not in array.indexes and (name in seen or _is_denied(coord.variable, named[name]))
+        ]
+        kept.append(array.drop_vars(dropped))
+        seen.update(kept[-1].coords)
     return kept
+
+
+def _is_denied(coord: xr.Variable, others: Iterable[xr.Variable]) -> bool:
+    """Whether a scalar coord differs from another of its name, or may do so."""
+    return coord.ndim == 0 and not all(_known_equal(coord, other) for other in others)
+
+
+def _known_equal(a: xr.Variable, b: xr.Variable) -> bool:
+    """Whether two coords are equal, told without computing: lazy ones are if they are one task's result."""
+    if a.chunks is None and b.chunks is None:
+        return bool(a.equals(b))  # type: ignore[no-untyped-call]
+    return a.chunks is not None and b.chunks is not None and a.data.name == b.data.name
+
+
+def _require_no_own_dims(
+    arrays: Sequence[xr.DataArray], core_dims: Sequence[Sequence[str]], output_dims: Sequence[Sequence[str]]
+) -> None:
+    own = {dim for dims in output_dims for dim in dims}
+    for array, dims in zip(arrays, core_dims, strict=True):
+        clash = sorted(str(dim) for dim in array.dims if dim in own and dim not in dims)
+        if clash:
+            raise ValueError(
+                f"expected arguments without the dims {clash}, the result's own, came {array.dims}; "
+                f"rename them first, for example with array.rename({clash[0]}='other')"
+            )
 
 
 def declared(result: xr.DataArray, name: str, **more: object) -> xr.DataArray:

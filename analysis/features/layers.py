@@ -73,12 +73,27 @@ def stack_layers(results: Mapping[str, Any]) -> Any:
     >>> stack_layers({"fc1": xr.DataArray(1.0), "fc2": xr.DataArray(2.0)}).layer.values.tolist()
     ['fc1', 'fc2']
     """
+    _require_same_labels(results)
     layer = xr.DataArray([*results], dims=DIM_LAYER, name=DIM_LAYER, coords={DIM_LAYER: [*results]})
     first: Sequence[Any] = [*results.values()]
     stacked = xr.concat(
         first, dim=layer, join="exact", coords="minimal", compat="override", combine_attrs="override"
     )
     return stacked.transpose(..., DIM_LAYER)
+
+
+def _require_same_labels(results: Mapping[str, Any]) -> None:
+    (name, one), *others = results.items()
+    for other_name, other in others:
+        for dim in [dim for dim in one.sizes if dim in other.sizes]:
+            mine, theirs = one.indexes.get(dim), other.indexes.get(dim)
+            labelled = mine is not None and theirs is not None
+            if one.sizes[dim] != other.sizes[dim] or (labelled and not mine.equals(theirs)):
+                raise ValueError(
+                    f"expected layers with equal labels along dim {dim!r}, came {one.sizes[dim]} in {name!r} "
+                    f"and {other.sizes[dim]}, or others, in {other_name!r}; keep those that all have: "
+                    f"xr.align(*layers.values(), join='inner', exclude=['unit'])"
+                )
 
 
 def over_layers(name: str, function: Callable[[str | None, xr.DataArray], Any], layers: Layers) -> Any:

@@ -34,6 +34,7 @@ from hild_xr.analysis.base.arguments import (
     require_real,
     require_same_labels,
 )
+from hild_xr.analysis.base.chunks import united
 from hild_xr.analysis.features.classes import label_values
 from hild_xr.variables import DIM_CLASS, DIM_MODEL, DIM_SAMPLE, DIM_STEP
 
@@ -256,7 +257,10 @@ def bhattacharyya_distance(p: xr.DataArray, q: xr.DataArray, *, of: Of = "probab
     TypeError
         If an array is no DataArray of real numbers.
     ValueError
-        If dims are missing or empty, `of` is unknown, or labels differ along a shared dim.
+        If dims are missing or empty, `of` is unknown, or labels differ along a shared dim; and
+        if an array said to be probabilities plainly holds logits: no sample of an array in
+        memory has probabilities, or a dask-backed one has the attr ``transform`` of outputs
+        recorded as the model gave them, None.
 
     Examples
     --------
@@ -281,7 +285,8 @@ def pairwise_bhattacharyya(
 ) -> xr.DataArray:
     r"""Bhattacharyya distances between the predictions of all pairs of records.
 
-    Dask-backed arrays are worked on one pair of chunks at a time, each as matrix products.
+    Of dask-backed arrays neighbouring small chunks of records are united, and each pair of the
+    united ones is a task.
 
     Parameters
     ----------
@@ -325,6 +330,7 @@ def pairwise_bhattacharyya(
     own = {c: f"{c}_" for c in second.coords if name in second[c].dims and c != name}
     second = second.rename({name: lagged, **own})
     require_same_labels({"predictions": first, "other": second})
+    first, second = (united(a, d, (DIM_SAMPLE, DIM_CLASS)) for a, d in ((first, name), (second, lagged)))
     # the order in which dims are broadcast: those of the first, its paired one, those of the other, its own
     lead = [d for d in first.dims if d not in (name, DIM_SAMPLE, DIM_CLASS)]
     extra = [d for d in second.dims if d not in (*lead, lagged, DIM_SAMPLE, DIM_CLASS)]
@@ -460,5 +466,27 @@ def _require_predictions(arrays: dict[str, xr.DataArray], of: str, *, same: bool
             )
     if of not in get_args(Of):
         raise ValueError(f"expected of='probabilities' or 'logits', came {of!r}")
+    if of == "probabilities":
+        for name, array in arrays.items():
+            _refuse_logits(name, array)
     if same:
         require_same_labels(arrays)
+
+
+def _refuse_logits(name: str, array: xr.DataArray) -> None:
+    """Raise if an array said to be probabilities plainly holds none, without computing a lazy one."""
+    if array.chunks is not None:
+        if array.attrs.get("transform", "unknown") is None:
+            raise ValueError(
+                f"expected probabilities as {name}, came outputs recorded as the model gave them (attr "
+                f"transform=None): pass of='logits'; if the model itself ends in a softmax, pass "
+                f"{name}.assign_attrs(transform='softmax')"
+            )
+        return
+    rows = array.transpose(..., DIM_CLASS).values
+    finite = np.isfinite(rows).all(axis=-1)
+    if finite.any() and np.isnan(amplitudes_kernel(rows, "probabilities")).all():
+        raise ValueError(
+            f"expected probabilities as {name}, not negative and with the sum 1 over the classes, came none: "
+            "pass of='logits' if these are logits"
+        )

@@ -23,6 +23,7 @@ from hild_xr.analysis.base.arguments import (
     require_real,
     require_same_labels,
 )
+from hild_xr.analysis.base.checks import whole_number
 from hild_xr.analysis.subspaces.bases import divide_or_zero, precision
 from hild_xr.variables import DIM_SAMPLE, DIM_UNIT
 
@@ -87,8 +88,8 @@ def matching_kernel(
 ) -> tuple[FloatArray, FloatArray, IntArray]:
     """Assign units so that the sum of their correlations is largest, for each of a stack.
 
-    Units without any correlation (constant ones) take no part. The Hungarian method works
-    on one matrix at a time, so this loops over the stack.
+    Units without any correlation (constant ones, or with missing activations) take no part.
+    The Hungarian method works on one matrix at a time, so this loops over the stack.
 
     Parameters
     ----------
@@ -202,8 +203,9 @@ def matched_correlation(u: xr.DataArray, v: xr.DataArray, *, absolute: bool = Fa
             :func:`random_rotation` of one of the two, and with
             :func:`matched_correlation_baseline`.
         ``matched_correlation``
-            On (..., unit), signed; NaN for units without match: constant ones, and those
-            left over where u has more units than v.
+            On (..., unit), signed; NaN for units without match: constant ones, those with
+            a missing activation on some sample, and those left over where u has more units
+            than v. They take no part in the mean.
         ``matched_unit``
             Position of the match among the units of v; -1 without match.
 
@@ -306,6 +308,8 @@ def matched_correlation_baseline(n_units: int, n_samples: int) -> float:
 
     Raises
     ------
+    TypeError
+        If a number is not whole.
     ValueError
         If there is no unit, or fewer than two samples.
 
@@ -314,6 +318,7 @@ def matched_correlation_baseline(n_units: int, n_samples: int) -> float:
     >>> round(matched_correlation_baseline(200, 2000), 4)
     0.0728
     """
+    n_units, n_samples = whole_number("n_units", n_units), whole_number("n_samples", n_samples)
     if n_units < 1 or n_samples < 2:
         raise ValueError(f"expected a unit and two samples at least, came {n_units} and {n_samples}")
     return math.sqrt(2 * math.log(n_units) / n_samples)

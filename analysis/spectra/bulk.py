@@ -199,7 +199,7 @@ def marchenko_pastur_fit(
     For sample covariances, weight matrices (squared singular values) and other
     positive semidefinite spectra that were recorded **whole**: the leading
     eigenvalues alone do not tell the law. The method stands in
-    :mod:`hild_xr.analysis.bulk`. For 400 dimensions, 800 Gaussian samples and 4 spikes
+    :mod:`hild_xr.analysis.spectra.bulk`. For 400 dimensions, 800 Gaussian samples and 4 spikes
     scale and ratio are right to 1 % and 2 % (largest error in 210 draws 0.8 % and
     1.8 %); the error falls as one over the number of eigenvalues.
 

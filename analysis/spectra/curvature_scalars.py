@@ -26,15 +26,15 @@ from hild_xr.analysis.base.arguments import (
     require_same_labels,
     vector_dims_of,
 )
-from hild_xr.analysis.base.checks import require_values
+from hild_xr.analysis.base.checks import real_number, require_values
 from hild_xr.analysis.base.division import divide_or_nan
 from hild_xr.analysis.base.stacking import flatten_last
 from hild_xr.analysis.spectra.recorded import n_recorded
 from hild_xr.analysis.subspaces.bases import precision
-from hild_xr.variables import DIM_EIG
+from hild_xr.variables import DIM_EIG, DIM_LAYER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     import xarray as xr
 
@@ -239,7 +239,7 @@ def trace_to_frobenius(trace: xr.DataArray, frobenius_norm: xr.DataArray) -> xr.
     Parameters
     ----------
     trace, frobenius_norm
-        As recorded, with common labels.
+        As recorded, of the same matrix, with the same dims and labels.
 
     Returns
     -------
@@ -252,7 +252,7 @@ def trace_to_frobenius(trace: xr.DataArray, frobenius_norm: xr.DataArray) -> xr.
     TypeError
         If an array is no DataArray or not real.
     ValueError
-        If labels differ along a shared dim.
+        If dims or labels differ, or the attrs ``matrix``.
 
     Examples
     --------
@@ -263,7 +263,10 @@ def trace_to_frobenius(trace: xr.DataArray, frobenius_norm: xr.DataArray) -> xr.
     arrays = {"trace": trace, "frobenius_norm": frobenius_norm}
     for name, array in arrays.items():
         require_real(name, array)
-    require_same_labels(arrays)
+    stated = {name: array.attrs["matrix"] for name, array in arrays.items() if "matrix" in array.attrs}
+    if len(set(stated.values())) > 1:
+        raise ValueError(f"expected trace and Frobenius norm of one matrix, came {stated}: record both of it")
+    _require_same_blocks(arrays, {name: set(array.dims) for name, array in arrays.items()})
     result = apply_kernel(trace_to_frobenius_kernel, [trace, frobenius_norm], [(), ()])
     return declared(result, "trace_to_frobenius")
 
@@ -304,7 +307,7 @@ def positive_fraction(
     Raises
     ------
     TypeError
-        If an array is no DataArray or not real.
+        If an array is no DataArray or not real, or rtol is no real number.
     ValueError
         If a dim is missing or empty, rtol is not in [0, 1), or labels differ.
 
@@ -322,6 +325,7 @@ def positive_fraction(
     if rtol is None:
         n = int(np.prod([eigenvalues.sizes[d] for d in dims]))
         rtol = n * precision(np.empty(0, dtype=eigenvalues.dtype))
+    rtol = real_number("rtol", rtol)
     if not 0 <= rtol < 1:
         raise ValueError(f"expected rtol in [0, 1), a fraction of the largest eigenvalue, came {rtol}")
     kernel = functools.partial(positive_fraction_kernel, rtol=rtol, n_axes=len(dims))
@@ -343,7 +347,8 @@ def noise_scale(
     Parameters
     ----------
     trace
-        Trace of G over the same parameters as the gradient.
+        Trace of G over the same parameters as the gradient. Recorded traces of all layers
+        stand in one array: take those of the gradient's layer, ``.sel(layer="fc1.weight")``.
     gradient
         Mean gradient on the dims of the weights, or flat.
     centered
@@ -363,8 +368,9 @@ def noise_scale(
     TypeError
         If an array is no DataArray or not real.
     ValueError
-        If dims are missing or unknown, the trace has a vector dim, or labels
-        differ.
+        If dims are missing or unknown, the trace has a vector dim, one of the two has dims
+        of records or layers that the other lacks, labels differ, or the attr ``matrix`` of
+        the trace says that it is another matrix's.
 
     Examples
     --------
@@ -381,6 +387,32 @@ def noise_scale(
         raise ValueError(
             f"expected a trace without the dims {list(vector)} of the gradient, came {trace.dims}"
         )
-    require_same_labels({"trace": trace, "gradient": gradient})
+    wanted = "gmatrix_centered" if centered else "gmatrix"
+    matrix = trace.attrs.get("matrix", wanted)
+    if matrix != wanted:
+        hint = f"; pass centered={not centered}" if matrix in ("gmatrix", "gmatrix_centered") else ""
+        raise ValueError(f"expected the trace of {wanted!r} with centered={centered}, came {matrix!r}{hint}")
+    dims = {"trace": set(trace.dims), "gradient": set(gradient.dims) - set(vector)}
+    _require_same_blocks({"trace": trace, "gradient": gradient}, dims)
     kernel = functools.partial(noise_scale_kernel, centered=centered, n_axes=len(vector))
     return declared(apply_kernel(kernel, [trace, gradient], [(), vector]), "noise_scale")
+
+
+def _require_same_blocks(arrays: Mapping[str, xr.DataArray], dims: Mapping[str, set[Hashable]]) -> None:
+    """Raise unless two arrays hold numbers of the same records and blocks: none is broadcast over others."""
+    (one, other) = arrays
+    for name, beside in ((one, other), (other, one)):
+        extra = sorted(map(str, dims[name] - dims[beside]))
+        if extra:
+            index = arrays[name].indexes.get(extra[0])
+            label = "..." if index is None or not len(index) else repr(index.tolist()[0])
+            raise ValueError(
+                f"expected {one} and {other} of the same records and parameters, came {extra} on {name} "
+                f"alone: select what {beside} is of, for example {name}.sel({extra[0]}={label})"
+            )
+    layers = [array.coords[DIM_LAYER] for array in arrays.values() if DIM_LAYER in array.coords]
+    if len(layers) == 2 and layers[0].ndim == layers[1].ndim == 0 and not layers[0].equals(layers[1]):
+        raise ValueError(
+            f"expected {one} and {other} of one layer, came {[layer.item() for layer in layers]}"
+        )
+    require_same_labels(arrays)

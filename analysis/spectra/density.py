@@ -27,6 +27,7 @@ from hild_xr.analysis.base.arguments import (
     require_real,
     require_same_labels,
 )
+from hild_xr.analysis.base.checks import real_number
 from hild_xr.variables import DIM_EIGENVALUE, DIM_NODE, DIM_ORDER, DIM_PROBE
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def spectral_density(
     Raises
     ------
     TypeError
-        If an array is no DataArray or not real.
+        If an array is no DataArray or not real, or points or the width are no real numbers.
     ValueError
         If a dim is missing, labels differ, points are not a list of numbers, or
         the width is not positive.
@@ -270,11 +271,11 @@ def spectral_density(
     1.0
     """
     at = _points(points)
-    labelled = width if isinstance(width, xr.DataArray) else xr.DataArray(float(width))
+    labelled = _labelled("width", width)
     if labelled.chunks is None and bool((labelled <= 0).any()):
         raise ValueError(f"expected a width > 0, the standard deviation of the Gaussian, came {width}")
     # a NaN width leaves its record undefined
-    said = {} if isinstance(width, xr.DataArray) else {"width": float(width)}
+    said = {} if isinstance(width, xr.DataArray) else {"width": float(labelled)}
     return _estimate(
         "spectral_density",
         functools.partial(spectral_density_kernel, points=at),
@@ -404,10 +405,7 @@ def bulk_weights(
     >>> bulk.quadrature_weights.values, float(bulk.outlier_mass)
     (array([[0.375, 0.625, 0.   ]]), 0.2)
     """
-    edges = {
-        name: edge if isinstance(edge, xr.DataArray) else xr.DataArray(float(edge))
-        for name, edge in (("lower", lower), ("upper", upper))
-    }
+    edges = {name: _labelled(name, edge) for name, edge in (("lower", lower), ("upper", upper))}
     arrays = _require_rule({"nodes": nodes, "weights": weights, **edges})
     bulk, mass = apply_kernel(
         bulk_weights_kernel,
@@ -426,13 +424,20 @@ def bulk_weights(
 
 
 def _points(points: ArrayLike) -> FloatArray:
-    at = np.asarray(points, dtype=np.float64)
+    given = np.asarray(points)
+    if given.dtype.kind not in "iuf":
+        raise TypeError(f"expected points as real numbers, came dtype {given.dtype}")
+    at = given.astype(np.float64)
     if at.ndim != 1 or not at.size or not np.isfinite(at).all():
         raise ValueError(
             f"expected points as a list of finite numbers, at least one, came shape {at.shape}; for example "
             "np.linspace(float(nodes.min()), float(nodes.max()), 500)"
         )
     return at
+
+
+def _labelled(name: str, value: float | xr.DataArray) -> xr.DataArray:
+    return value if isinstance(value, xr.DataArray) else xr.DataArray(real_number(name, value))
 
 
 def _require_rule(arrays: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:

@@ -22,6 +22,7 @@ from hild_xr.analysis.base.arguments import (
     require_real,
     require_same_labels,
 )
+from hild_xr.analysis.base.checks import real_number, whole_number
 from hild_xr.analysis.spectra.bulk import known_ratio, marchenko_pastur_fit_kernel
 from hild_xr.analysis.spectra.recorded import n_recorded
 from hild_xr.analysis.subspaces.bases import precision
@@ -123,13 +124,36 @@ def _fitted_edge(eigenvalues: FloatArray, beta: FloatArray, ratio: FloatArray | 
     return marchenko_pastur_fit_kernel(np.where(sizes < 0, np.nan, shifted), ratio)[2]
 
 
+def sizes_from(eigenvalues: FloatArray, beta: FloatArray) -> FloatArray:
+    """Distances of eigenvalues from the regulariser, zero where they are rounding of the eigenvalues.
+
+    Parameters
+    ----------
+    eigenvalues
+        Array of shape (..., n).
+    beta
+        Regulariser: array of shape (...).
+
+    Returns
+    -------
+    sizes
+        float64 array of shape (..., n); NaN where an eigenvalue is missing, or the regulariser.
+
+    Examples
+    --------
+    >>> sizes_from(np.array([2.1, 0.1 + 1e-17, np.nan]), np.array(0.1))
+    array([ 2.,  0., nan])
+    """
+    values = np.where(np.isfinite(eigenvalues), eigenvalues, np.nan).astype(np.float64)
+    sizes = np.abs(values - np.asarray(beta)[..., None])
+    largest = np.abs(np.where(np.isnan(values), 0.0, values)).max(axis=-1, keepdims=True, initial=0.0)
+    return np.where(sizes <= ZERO * precision(eigenvalues) * largest, 0.0, sizes)
+
+
 def _by_decreasing_size(eigenvalues: FloatArray, beta: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Eigenvalues and |lambda - beta| in decreasing order of the latter, missing ones last with size -1."""
     values = np.where(np.isfinite(eigenvalues), eigenvalues, 0.0).astype(np.float64)
-    sizes = np.abs(values - beta[..., None])
-    rounding = ZERO * precision(eigenvalues) * np.abs(values).max(axis=-1, keepdims=True)
-    sizes = np.where(sizes <= rounding, 0.0, sizes)
-    sizes = np.where(np.isfinite(eigenvalues), sizes, -1.0)
+    sizes = np.where(np.isfinite(eigenvalues), sizes_from(eigenvalues, beta), -1.0)
     order = np.argsort(-sizes, axis=-1, kind="stable")
     return np.take_along_axis(values, order, axis=-1), np.take_along_axis(sizes, order, axis=-1)
 
@@ -201,7 +225,10 @@ def outliers(
     ----------
     eigenvalues
         Leading eigenvalues along `dim`, in any order. NaN at the end means that
-        a block has no more; NaN before a number leaves the record undefined.
+        a block has no more; NaN before a number leaves the record undefined. A store
+        says which ones to trust: ``converged``, and ``n_certain``, how many of them no
+        missed eigenvalue exceeds; ``eigenvalues.where(run["hessian/converged"])``
+        leaves out what has not converged.
     method
         One of the above.
     k
@@ -243,7 +270,8 @@ def outliers(
     Raises
     ------
     TypeError
-        If an array is no DataArray or not real.
+        If an array is no DataArray or not real, `k` is no whole number, or another option no
+        real number.
     ValueError
         If `dim` is missing, an option does not fit the method, fewer than k + 1
         eigenvalues were recorded at all, or labels differ.
@@ -258,13 +286,15 @@ def outliers(
     array([3, 3])
     """
     require_dims("eigenvalues", require_real("eigenvalues", eigenvalues), (dim,), "dim")
+    k = None if k is None else whole_number("k", k)
+    threshold = None if threshold is None else real_number("threshold", threshold)
     _require_options(method, k, threshold, edge, ratio, eigenvalues.sizes[dim], dim)
     if threshold is None:
         threshold = DEFAULT_THRESHOLD.get(method, np.nan)
     arrays = {
         "eigenvalues": eigenvalues,
-        "regularizer": _labelled("regularizer", regularizer, dim),
-        "edge": _labelled("edge", np.nan if edge is None else edge, dim),
+        "regularizer": one_each("regularizer", regularizer, dim),
+        "edge": one_each("edge", np.nan if edge is None else edge, dim),
         "ratio": known_ratio(ratio, dim),
     }
     require_same_labels(arrays)
@@ -280,8 +310,23 @@ def outliers(
     return xr.Dataset({name: declared(a, name, **said) for name, a in zip(RESULTS, results, strict=True)})
 
 
-def _labelled(name: str, value: float | xr.DataArray, dim: str) -> xr.DataArray:
-    array = require_real(name, value if isinstance(value, xr.DataArray) else xr.DataArray(float(value)))
+def one_each(name: str, value: float | xr.DataArray, dim: str) -> xr.DataArray:
+    """Return a number, or an array of one number for each spectrum, as an array.
+
+    Raises
+    ------
+    TypeError
+        If it is not real.
+    ValueError
+        If it has the dim of the eigenvalues.
+
+    Examples
+    --------
+    >>> float(one_each("edge", 2, "eig"))
+    2.0
+    """
+    given = value if isinstance(value, xr.DataArray) else xr.DataArray(real_number(name, value))
+    array = require_real(name, given)
     if dim in array.dims:
         raise ValueError(f"expected one {name} for a spectrum, came one with dim {dim!r}: {array.dims}")
     return array

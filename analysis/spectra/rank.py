@@ -11,8 +11,11 @@ With singular values :math:`s_1 \ge s_2 \ge \dots` of a matrix:
   the eigenvalues of a covariance).
 
 Each is taken from recorded eigenvalues or singular values (one dim) or from
-matrices (two dims). Of a truncated spectrum they are the ranks of the part that
-was recorded. None of them depends on the scale of the matrix.
+matrices (two dims). Ranks of k recorded eigenvalues are ranks of these k values:
+where they are the largest ones, lower bounds for the matrix. None of them depends
+on the scale of the matrix. A regulariser :math:`\beta` moves all eigenvalues and
+fakes full rank: given as `regularizer` it is subtracted, as in
+:func:`hild_xr.analysis.outliers`, and :math:`s_i = |\lambda_i - \beta|`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from hild_xr.analysis.base.arguments import FLOAT, apply_kernel, declared, require_dims, require_real
+from hild_xr.analysis.base.arguments import (
+    FLOAT,
+    apply_kernel,
+    declared,
+    require_dims,
+    require_real,
+    require_same_labels,
+)
+from hild_xr.analysis.base.checks import real_number
+from hild_xr.analysis.spectra.outliers import one_each, sizes_from
 from hild_xr.analysis.spectra.recorded import n_recorded
 from hild_xr.analysis.subspaces.bases import divide_or_zero, precision, singular_values
 from hild_xr.variables import DIM_EIG
@@ -155,9 +167,15 @@ def _scaled(values: FloatArray) -> tuple[FloatArray, Any]:
 
 
 def numerical_rank(
-    array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, rtol: float | None = None
+    array: xr.DataArray,
+    dim: MatrixDims = DIM_EIG,
+    *,
+    rtol: float | None = None,
+    regularizer: float | xr.DataArray = 0.0,
 ) -> xr.DataArray:
-    """Count the singular values above `rtol` times the largest.
+    r"""Count the singular values above `rtol` times the largest.
+
+    Of k recorded eigenvalues it is the rank of these k values, a lower bound for the matrix.
 
     Parameters
     ----------
@@ -171,6 +189,9 @@ def numerical_rank(
         the larger size of the matrix times eps of the dtype. Of eigenvalues
         found by iteration the small ones are not that accurate: pass the
         tolerance of the solver.
+    regularizer
+        The :math:`\beta` that shifts all eigenvalues, number or array, which is
+        subtracted from them; for eigenvalues only.
 
     Returns
     -------
@@ -182,9 +203,10 @@ def numerical_rank(
     Raises
     ------
     TypeError
-        If the array is no DataArray or not real.
+        If an array is no DataArray or not real, or an option no real number.
     ValueError
-        If a dim is missing or has size 0, or rtol is not in [0, 1).
+        If a dim is missing or has size 0, rtol is not in [0, 1), labels differ, or there
+        is a regulariser of matrices.
 
     Examples
     --------
@@ -192,15 +214,17 @@ def numerical_rank(
     >>> int(numerical_rank(weight, ("out", "in")))
     2
     """
-    return rank(array, dim, rtol=rtol)["numerical_rank"]
+    return rank(array, dim, rtol=rtol, regularizer=regularizer)["numerical_rank"]
 
 
-def stable_rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG) -> xr.DataArray:
+def stable_rank(
+    array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, regularizer: float | xr.DataArray = 0.0
+) -> xr.DataArray:
     r"""Squared Frobenius norm by squared spectral norm, :math:`\sum_i s_i^2 / s_1^2`.
 
     Parameters
     ----------
-    array, dim
+    array, dim, regularizer
         As in :func:`numerical_rank`.
 
     Returns
@@ -219,15 +243,17 @@ def stable_rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG) -> xr.DataArray:
     >>> float(stable_rank(weight, ("out", "in")))
     1.5
     """
-    return rank(array, dim)["stable_rank"]
+    return rank(array, dim, regularizer=regularizer)["stable_rank"]
 
 
-def effective_rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG) -> xr.DataArray:
+def effective_rank(
+    array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, regularizer: float | xr.DataArray = 0.0
+) -> xr.DataArray:
     r"""Exponential of the entropy of :math:`p_i = s_i / \sum_j s_j` (Roy and Vetterli 2007).
 
     Parameters
     ----------
-    array, dim
+    array, dim, regularizer
         As in :func:`numerical_rank`.
 
     Returns
@@ -246,10 +272,12 @@ def effective_rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG) -> xr.DataArr
     >>> float(effective_rank(eigenvalues)).__round__(12)
     3.0
     """
-    return rank(array, dim)["effective_rank"]
+    return rank(array, dim, regularizer=regularizer)["effective_rank"]
 
 
-def participation_ratio(array: xr.DataArray, dim: MatrixDims = DIM_EIG) -> xr.DataArray:
+def participation_ratio(
+    array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, regularizer: float | xr.DataArray = 0.0
+) -> xr.DataArray:
     r"""Participation ratio :math:`(\sum_i |\lambda_i|)^2 / \sum_i \lambda_i^2`.
 
     Absolute values are summed, as for the other ranks. With signs it would be
@@ -257,7 +285,7 @@ def participation_ratio(array: xr.DataArray, dim: MatrixDims = DIM_EIG) -> xr.Da
 
     Parameters
     ----------
-    array, dim
+    array, dim, regularizer
         As in :func:`numerical_rank`. For the dimension of a cloud of features
         pass the eigenvalues of their covariance: from a matrix of features it is
         taken of the singular values, not of their squares.
@@ -278,15 +306,21 @@ def participation_ratio(array: xr.DataArray, dim: MatrixDims = DIM_EIG) -> xr.Da
     >>> float(participation_ratio(eigenvalues))
     3.0
     """
-    return rank(array, dim)["participation_ratio"]
+    return rank(array, dim, regularizer=regularizer)["participation_ratio"]
 
 
-def rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, rtol: float | None = None) -> xr.Dataset:
+def rank(
+    array: xr.DataArray,
+    dim: MatrixDims = DIM_EIG,
+    *,
+    rtol: float | None = None,
+    regularizer: float | xr.DataArray = 0.0,
+) -> xr.Dataset:
     """All four ranks of this module at once, from one singular value decomposition.
 
     Parameters
     ----------
-    array, dim, rtol
+    array, dim, rtol, regularizer
         As in :func:`numerical_rank`.
 
     Returns
@@ -306,8 +340,16 @@ def rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, rtol: float | None =
     {'numerical_rank': 3.0, 'stable_rank': 1.5, 'effective_rank': 2.828, 'participation_ratio': 2.667}
     """
     dims = _dims(require_real("array", array), dim)
+    if len(dims) == 2 and (isinstance(regularizer, xr.DataArray) or regularizer != 0):
+        raise ValueError(
+            f"expected no regularizer of matrices over {dims}, came {regularizer}: it shifts eigenvalues; "
+            "subtract it from the diagonal of a symmetric matrix, or pass its eigenvalues"
+        )
+    arrays = {"array": array, "regularizer": one_each("regularizer", regularizer, dims[0])}
+    require_same_labels(arrays)
     if rtol is None:
         rtol = max(array.sizes[d] for d in dims) * precision(np.empty(0, dtype=array.dtype))
+    rtol = real_number("rtol", rtol)
     if not 0 <= rtol < 1:
         raise ValueError(f"expected rtol in [0, 1), a fraction of the largest singular value, came {rtol}")
     kernels: dict[str, tuple[Callable[..., Any], np.dtype[Any]]] = {
@@ -318,8 +360,8 @@ def rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, rtol: float | None =
     }
     results = apply_kernel(
         functools.partial(_ranks, [kernel for kernel, _ in kernels.values()], len(dims) == 2),
-        [array],
-        [dims],
+        list(arrays.values()),
+        [dims, ()],
         output_dims=[()] * len(kernels),
         output_dtypes=[dtype for _, dtype in kernels.values()],
     )
@@ -328,9 +370,14 @@ def rank(array: xr.DataArray, dim: MatrixDims = DIM_EIG, *, rtol: float | None =
     return xr.Dataset({name: declared(result, name, **said.get(name, {})) for name, result in named})
 
 
-def _ranks(kernels: list[Callable[..., Any]], matrices: bool, values: FloatArray) -> tuple[Any, ...]:
+def _ranks(
+    kernels: list[Callable[..., Any]], matrices: bool, values: FloatArray, beta: FloatArray
+) -> tuple[Any, ...]:
     if matrices:
         values = singular_values(values)
+    else:
+        # without a regulariser nothing is subtracted, so nothing is rounding
+        values = np.where((beta == 0)[..., None], values, sizes_from(values, beta))
     return tuple(kernel(values) for kernel in kernels)
 
 

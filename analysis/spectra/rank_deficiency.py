@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hild_xr.analysis.base.arguments import apply_kernel, declared
+from hild_xr.analysis.base.checks import whole_number
 from hild_xr.analysis.spectra.outliers import outliers
 from hild_xr.variables import DIM_EIG
 
@@ -84,7 +85,7 @@ def rank_deficiency(
     Raises
     ------
     TypeError
-        If an array is no DataArray or not real.
+        If an array is no DataArray or not real, or `full_rank` is no whole number.
     ValueError
         If `full_rank` is not positive, or as
         :func:`hild_xr.analysis.outliers`.
@@ -97,6 +98,7 @@ def rank_deficiency(
     >>> int(found.outlier_count), int(found.rank_deficiency)
     (3, 1)
     """
+    full_rank = whole_number("full_rank", full_rank)
     if full_rank < 1:
         raise ValueError(
             f"expected full_rank of at least 1, the outliers of an optimal solution, came {full_rank}"

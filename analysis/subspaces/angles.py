@@ -7,7 +7,7 @@ of the angle: its arc cosine is wrong by about 1e-8 rad. Small angles are
 therefore taken from the sines, the singular values of
 :math:`V - U U^T V`, as in A. Bjorck and G. H. Golub, Math. Comp. 27 (1973) 579
 and A. V. Knyazev and M. E. Argentati, SIAM J. Sci. Comput. 23 (2002) 2008; how
-is said in :mod:`hild_xr.analysis.sines`.
+is said in :mod:`hild_xr.analysis.subspaces.sines`.
 
 The cost is that of reading: bases that are orthonormal to a few digits, as
 recorded eigenvectors are, are not orthonormalised. Their inner products are,
@@ -33,6 +33,7 @@ from hild_xr.analysis.base.arguments import (
     require_same_labels,
     subspaces,
 )
+from hild_xr.analysis.base.chunks import united
 from hild_xr.analysis.base.records import earlier_and_later, require_unique_labels
 from hild_xr.analysis.base.threads import on_one_blas_thread
 from hild_xr.analysis.subspaces.bases import (
@@ -63,9 +64,6 @@ CACHE_BYTES = 2**22
 
 MANY = 16
 """Number of bases that fit into the cache below which a basis is long, and worth the trouble to read once."""
-
-CHUNK_BYTES = 2**27
-"""Size of the dask-backed bases that one task on pairs of steps takes from each side."""
 
 HELD_BYTES = 2**29
 """Size of all dask-backed bases up to which they stay in memory while all pairs are worked on."""
@@ -565,9 +563,7 @@ def _pairwise_angles_of_chunks(u: xr.DataArray, dim: str, vector: tuple[str, ...
 
     number, flat = number_of("u"), "__vector__"
     sizes = {number: u.sizes[number], flat: math.prod(u.sizes[d] for d in vector)}
-    n_beside = math.prod(max(u.chunksizes[d]) for d in u.dims if d not in (dim, number, *vector))
-    n_records = CHUNK_BYTES // (8 * n_beside * math.prod(sizes.values()))
-    u = u.chunk({dim: _merged(u.chunksizes[dim], n_records)})
+    u = united(u, dim, (number, *vector), pair_size=sizes[number])
     # (number, flat) and not (flat, number): dask copies blocks to C order, and vectors are to stay contiguous
     rows = apply_kernel(
         on_stacked(_full_rank_rows, len(vector)),
@@ -578,17 +574,6 @@ def _pairwise_angles_of_chunks(u: xr.DataArray, dim: str, vector: tuple[str, ...
     ).transpose(..., dim, number, flat)
     dims = (*rows.dims[:-2], dim + "_", DIM_ANGLE)
     return xr.DataArray(_all_pairs(rows.data), dims=dims, coords=rows.coords)
-
-
-def _merged(chunks: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Unite neighbouring chunks as long as they stay within a size; none is cut."""
-    merged = list(chunks[:1])
-    for chunk in chunks[1:]:
-        if merged[-1] + chunk <= size:
-            merged[-1] += chunk
-        else:
-            merged.append(chunk)
-    return tuple(merged)
 
 
 def _all_pairs(rows: Any) -> Any:

@@ -12,7 +12,7 @@ because :math:`(B + T_i)(I - P_i) = 0`. Its Gram matrix, the squares of the
 sines, follows from the small products :math:`T_i T_j^T`, which for all pairs
 are one matrix product. Rounding of those is relative to :math:`|T|^2` and not
 to one: it is known, and a pair for which it is too large is given back to
-:mod:`hild_xr.analysis.sines`, which takes each pair by itself.
+:mod:`hild_xr.analysis.subspaces.sines`, which takes each pair by itself.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from hild_xr.analysis.base.arguments import (
     require_same_labels,
     subspaces,
 )
+from hild_xr.analysis.base.chunks import united
 from hild_xr.analysis.base.records import require_unique_labels
 from hild_xr.analysis.base.threads import on_one_blas_thread
 from hild_xr.analysis.subspaces.bases import FloatArray, IntArray, full_rank_basis
@@ -335,8 +336,8 @@ def pairwise_overlap(
 ) -> xr.DataArray:
     r"""Overlap matrices :math:`O_{ij}(s, t) = |\langle u_i(s), u_j(t) \rangle|` of all pairs of steps.
 
-    Dask-backed arrays are worked on one pair of chunks at a time, each as one matrix
-    product.
+    Of dask-backed arrays neighbouring small chunks along `dim` are united, and each pair of
+    the united ones is a task, one matrix product.
 
     Parameters
     ----------
@@ -371,7 +372,7 @@ def pairwise_overlap(
     array([[0.6, 0.8],
            [0.8, 0.6]])
     """
-    rows, number, name = _rows_of_records(u, dim, vector_dims, number_dim, _unit_rows_of_columns)
+    rows, number, name = _rows_of_records(u, dim, vector_dims, number_dim, _unit_rows_of_columns, True)
     own = [number, number + "v"]
     rows_v = rows.rename({dim: dim + "_", number: own[1]})
     k = rows.sizes[number]
@@ -414,7 +415,7 @@ def pairwise_subspace_overlap(
     array([[1. , 0.5],
            [0.5, 1. ]])
     """
-    rows, number, _ = _rows_of_records(u, dim, vector_dims, number_dim, _orthonormal_rows)
+    rows, number, _ = _rows_of_records(u, dim, vector_dims, number_dim, _orthonormal_rows, False)
     rows_v = rows.rename({dim: dim + "_", number: number + "v"})
     result = _of_all_pairs(_pairwise_subspace_overlaps, rows, rows_v, [], {})
     return declared(result, "subspace_overlap")
@@ -602,8 +603,12 @@ def _rows_of_records(
     vector_dims: Dims,
     number_dim: str | None,
     kernel: Callable[[FloatArray], FloatArray],
+    pairs_of_vectors: bool,
 ) -> tuple[xr.DataArray, str, str]:
-    """Rows (..., dim, number, flat) that a kernel makes of the columns; the number dim and its old name."""
+    """Rows (..., dim, number, flat) that a kernel makes of the columns; the number dim and its old name.
+
+    Chunks of records are united by what a pair of records gives: a number for each pair of vectors, or one.
+    """
     bases, vector = subspaces({"u": u}, vector_dims, number_dim)
     basis, other = bases["u"], dim + "_"
     require_dims("u", basis, (dim,), "dim")
@@ -612,6 +617,8 @@ def _rows_of_records(
             f"expected dim={dim!r} beside the vector dims and no dim {other!r}, came {basis.dims}"
         )
     number = number_of("u")
+    pair_size = basis.sizes[number] ** 2 if pairs_of_vectors else 1
+    basis = united(basis, dim, (number, *vector), pair_size)
     rows = _flat_rows(basis, dim, number, vector, kernel, np.dtype(np.float64))
     return rows, number, number_dim_of("u", u, number_dim)
 

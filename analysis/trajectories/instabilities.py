@@ -252,11 +252,12 @@ def instability_rotation(
     vector_dims: Dims = None,
     number_dim: str | None = None,
 ) -> xr.DataArray:
-    r"""Rotation of the leading eigenvectors over each instability.
+    r"""Rotation of the span of the leading eigenvectors over each instability.
 
-    One minus the root of the mean squared cosine of the principal angles between
-    the spans before and after: for one vector :math:`1 - |\langle u(\mathrm{before}), u(\mathrm{after})
-    \rangle|`. Select the vectors that are meant, for example ``eigenvectors.isel(eig=[0])``.
+    One minus the root of :func:`hild_xr.analysis.subspace_overlap`, the mean squared cosine
+    of the principal angles between the spans before and after: for one vector
+    :math:`1 - |\langle u(\mathrm{before}), u(\mathrm{after}) \rangle|`.
+    Select the vectors that are meant, for example ``eigenvectors.isel(eig=[0])``.
 
     Parameters
     ----------
@@ -310,7 +311,7 @@ def instability_rotation(
     u = _at(eigenvectors, before, np.searchsorted(labels, before.values, side="right") - 1, dim)
     v = _at(eigenvectors, after, np.searchsorted(labels, after.values, side="left"), dim)
     overlap = subspace_overlap(u, v, vector_dims=vector_dims, number_dim=number_dim)
-    return declared(1.0 - overlap**0.5, "eigenvector_rotation")
+    return declared(1.0 - overlap**0.5, "instability_rotation")
 
 
 def _at(u: xr.DataArray, labels: xr.DataArray, places: IntArray, dim: str) -> xr.DataArray:

@@ -100,7 +100,8 @@ def relative_drift(
     KeyError
         If there is no such label.
     ValueError
-        If dims are missing or unknown, or the label is not unique.
+        If dims are missing or unknown, the attr names one of the two dims of matrices only, or
+        the label is not unique.
 
     Examples
     --------
@@ -111,13 +112,26 @@ def relative_drift(
     """
     vector = vector_dims_of({"array": require_real("array", array)}, vector_dims)
     require_dims("array", array, (dim,), "dim")
+    half = [d for d in vector if f"{d}_" in array.dims and f"{d}_" not in vector]
+    if vector_dims is None and half:
+        # stores of older versions name one side of the average gradient outer product only
+        raise ValueError(
+            f"expected both dims of a matrix in the attr vector_dims, came {list(vector)} of {array.dims}; "
+            f"pass vector_dims={[*vector, *(f'{d}_' for d in half)]}"
+        )
     if dim in vector:
         raise ValueError(f"expected dim={dim!r} beside the vector dims, came {list(vector)}")
     if array.indexes.get(dim) is None:
         raise ValueError(
             f"expected labels along {dim!r}, came none; assign them, or use isel to take a position"
         )
-    at = array.sel({dim: reference}, drop=True)
+    try:
+        at = array.sel({dim: reference}, drop=True)
+    except KeyError:
+        raise KeyError(
+            f"expected a label of dim {dim!r} as reference, came {reference!r}; "
+            f"the labels are {array.indexes[dim].tolist()}"
+        ) from None
     if dim in at.dims:
         raise ValueError(f"expected one label {reference!r} along {dim!r}, came {at.sizes[dim]}")
     result = apply_kernel(

@@ -12,7 +12,10 @@ match below `min_overlap` is none: the track ends and another one begins.
 another, and the overlaps of single vectors mean nothing. Such a group is followed as a
 span: a vector belongs to it by the norm of its projection onto the span. Within
 the group each track keeps a vector of its own, the projection of its last one,
-made orthonormal with the others by the nearest orthonormal set (parallel transport). So
+made orthonormal with the others by the nearest orthonormal set (parallel transport). As
+many tracks go on as directions of the spans do, those whose principal angle has a cosine of at
+least `min_overlap`: where two vectors fall onto one direction of a group, the weaker of their
+tracks ends, and what came into the group begins a new one. So
 two eigenvalues that cross come out of the crossing with the identities they had,
 even if the recorded basis in between was mixed at will. Where the vectors were
 born inside a group, or where the group turned them, the identities within it are
@@ -200,7 +203,7 @@ def _matches(
     """Match the pairs of two records: places before and after, and the overlaps of the matches.
 
     A pair may go on as another if the vector of the one lies in the span of the group of the other, before
-    or after; within spans the overlap of the vectors decides.
+    or after; within spans the overlap of the vectors decides. Tracks too many for their spans end.
     """
     from scipy.optimize import linear_sum_assignment  # a second to import
 
@@ -209,10 +212,44 @@ def _matches(
     onto_group_before = from_group @ np.square(cosines)
     spans = np.minimum(np.maximum(onto_group, onto_group_before), 1.0)
     weights = np.where(spans >= min_overlap**2, spans + squares, 0.0)
-    old, new = linear_sum_assignment(weights, maximize=True)
-    real = weights[old, new] > 0
-    old, new = old[real], new[real]
-    return old, new, np.sqrt(spans[old, new])
+    while True:
+        old, new = linear_sum_assignment(weights, maximize=True)
+        real = weights[old, new] > 0
+        old, new = old[real], new[real]
+        ended = _too_many(old, new, weights[old, new], cosines, from_group, together, min_overlap)
+        if not ended.size:
+            return old, new, np.sqrt(spans[old, new])
+        weights[ended] = 0.0  # what they leave may suit the others better
+
+
+def _too_many(
+    old: IntArray,
+    new: IntArray,
+    weights: FloatArray,
+    cosines: FloatArray,
+    from_group: NDArray[np.bool_],
+    together: NDArray[np.bool_],
+    min_overlap: float,
+) -> IntArray:
+    """Places of the weakest tracks, as many as there are matches between spans beyond common directions.
+
+    Each vector may lie in the span of the others, and yet all of them in one direction of it: the number
+    of tracks that go on is that of the principal cosines of the spans that reach the smallest overlap.
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    k = len(cosines)
+    linked = np.zeros((2 * k, 2 * k), dtype=bool)  # the places before, then those after
+    linked[:k, :k], linked[k:, k:], linked[old, k + new] = from_group, together, True
+    component = connected_components(linked, directed=False)[1]
+    ended = []
+    for label in np.flatnonzero(np.bincount(component[old]) > 1):  # one match alone has passed already
+        before, after = component[:k] == label, component[k:] == label
+        common = np.linalg.svd(cosines[np.ix_(before, after)], compute_uv=False) >= min_overlap
+        matches = np.flatnonzero(component[old] == label)
+        weakest = matches[np.argsort(weights[matches], kind="stable")]
+        ended.extend(old[weakest[: max(0, len(matches) - int(common.sum()))]].tolist())
+    return np.asarray(ended, dtype=np.int64)
 
 
 def _transported(moved: FloatArray, new: IntArray, together: NDArray[np.bool_]) -> FloatArray:
@@ -304,12 +341,16 @@ def track(
 ) -> xr.Dataset:
     r"""Follow eigenpairs along training, through crossings and near-degeneracies.
 
-    The method stands in :mod:`hild_xr.analysis.tracking`: matching by overlap
+    The method stands in :mod:`hild_xr.analysis.trajectories.tracking`: matching by overlap
     (assignment problem), groups of nearly equal eigenvalues as spans. Signs and order of
     the recorded vectors do not matter. A record that is missing (all its vectors NaN)
     is skipped: a track goes on over the gap if the overlap allows. An eigenpair that
     is absent from a recorded one, for example no longer among the leading ones, ends its
     track; should it come back, it is a new track.
+
+    A store says which pairs to trust: ``converged``, and ``n_certain``, how many of them, from the
+    first on, no missed eigenvalue exceeds. Pairs without vector have no track, so that
+    ``eigenvectors.where(run["hessian/converged"].sel(layer="fc1.weight"))`` leaves out the rest.
 
     Parameters
     ----------
@@ -430,7 +471,7 @@ def track_drift(tracks: xr.Dataset, *, dim: str = DIM_STEP) -> xr.Dataset:
             Eigenvalue less that of the last record of the track before.
         ``eigenvector_rotation``
             :math:`1 - |\langle u_i(s), u_i(t) \rangle|`, for a pair in a group with the
-            overlap of its span.
+            overlap (norm of the projection) with its span.
 
         Both with the dims (..., track, `dim`); NaN at birth and where the track has no pair.
 

@@ -272,10 +272,12 @@ def _checked(
 def _array(agop: Tensor) -> ArrayPlan:
     # in, and the last of the kernel's dims that there are
     inputs = (DIM_IN, *_KERNEL_DIMS[len(_KERNEL_DIMS) + 1 - agop.ndim // 2 :])
-    attrs: dict[str, JsonValue] = {"vector_dims": list(inputs)}
+    dims = (*inputs, *(f"{dim}_" for dim in inputs))
+    # a matrix is one vector: norms and drifts go over all of its dims
+    attrs: dict[str, JsonValue] = {"vector_dims": list(dims)}
     return ArrayPlan(
         variable="agop",
-        dims=(*inputs, *(f"{dim}_" for dim in inputs)),
+        dims=dims,
         shape=tuple(agop.shape),
         dtype=numpy_dtype(agop),
         attrs=attrs,

@@ -175,5 +175,5 @@ def _kernel(name: str, like: Tensor, n_samples: int, attrs: dict[str, JsonValue]
         dims=_DIMS,
         shape=(n_samples, n_samples),
         dtype=numpy_dtype(at_least_float32(like.detach().reshape(-1)[:0])),
-        attrs=attrs,
+        attrs={"vector_dims": list(_DIMS), **attrs},
     )

@@ -151,6 +151,85 @@ def test_projection__is_of_gradients_and_says_what_was_not_recorded() -> None:
     assert found.attrs["left_out"] == {"hessian_module/fc1": "no gradient of ['fc1.bias']"}
 
 
+def with_group(name: str, of: str, factor: float = 1.0, **attrs: Any) -> xr.DataTree:
+    """RUN with a copy of a group under another name."""
+    run = RUN.copy()
+    copied = {path: node.to_dataset() * factor for path, node in RUN[of].subtree_with_keys}
+    for path, dataset in copied.items():
+        for variable in dataset.data_vars:
+            dataset[variable].attrs = RUN[of][path][variable].attrs | attrs
+    run[name] = xr.DataTree.from_dict(copied)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("analysis_of", "of", "variable"),
+    [(whole_run.alignment, "weights", "weight"), (whole_run.projection, "gradients", "gradient")],
+)
+def test_vectors_of_several_groups__are_those_of_the_default_or_the_one_asked_for(
+    analysis_of: Any, of: str, variable: str
+) -> None:
+    noise = np.random.default_rng(1).standard_normal((3, 4))
+    run = with_group("ema", of)
+    run[f"ema/fc1.weight/{variable}"] = run[f"ema/fc1.weight/{variable}"] + noise
+    run[f"ema/fc1.weight/{variable}"].attrs = RUN[f"{of}/fc1.weight/{variable}"].attrs
+    path = "hessian/fc1.weight"
+    alone, chosen, asked = (
+        analysis_of(RUN)[path],
+        analysis_of(run)[path],
+        analysis_of(run, **{of: "ema"})[path],
+    )
+    xr.testing.assert_identical(chosen.to_dataset(), alone.to_dataset())
+    assert alone.attrs[of] == of
+    assert asked.attrs[of] == "ema"
+    assert not asked.equals(alone)
+    renamed = run.copy()
+    renamed["w16"] = renamed[of]
+    del renamed[of]
+    with pytest.raises(ValueError, match=rf"'fc1.weight' has its {variable} in the groups \['ema', 'w16'\]"):
+        analysis_of(renamed)
+    with pytest.raises(ValueError, match=rf"holds '{variable}', came 'emma'; there are \['{of}', 'ema'\]"):
+        analysis_of(run, **{of: "emma"})
+
+
+def test_alignment__takes_the_group_in_the_form_of_the_eigenvectors() -> None:
+    run = with_group("sketched", "weights", sketch={"m": 5})
+    xr.testing.assert_identical(whole_run.alignment(run), whole_run.alignment(RUN))
+    of_sketch = whole_run.alignment(run, weights="sketched")
+    assert set(of_sketch.attrs["left_out"].values()) == {"weight and eigenvectors are not sketched alike"}
+
+
+def test_alignment__of_a_block_whose_layers_no_group_has_together_is_left_out() -> None:
+    run = with_group("ema", "weights")
+    del run["weights"]["fc1.bias"], run["ema"]["fc1.weight"]
+    left_out = whole_run.alignment(run).attrs["left_out"]
+    assert left_out == {"hessian_module/fc1": "no group has the weight of all of ['fc1.weight', 'fc1.bias']"}
+
+
+def test_records_that_have_no_counterpart__are_counted_in_the_result() -> None:
+    said = "3 of 4 steps of eigenvectors; the others have no weight"
+    assert whole_run.alignment(RUN)["hessian/fc1.weight"].attrs["records"] == said
+    same = RUN.sel(step=COMMON)
+    assert "records" not in whole_run.alignment(same)["hessian/fc1.weight"].attrs
+    run = RUN.copy()
+    run["gmatrix"] = RUN["gmatrix"].sel(seed=[7], step=[0, 20])
+    assert whole_run.overlap(run)["hessian_gmatrix/fc1.weight"].attrs["records"] == (
+        "2 of 4 steps and 1 of 2 seeds of hessian; the others have no gmatrix"
+    )
+    run["hessian"] = RUN["hessian"].sel(step=[0, 5])
+    assert whole_run.overlap(run)["hessian_gmatrix/fc1.weight"].attrs["records"] == (
+        "1 of 2 steps and 1 of 2 seeds of hessian; the others have no gmatrix. "
+        "1 of 2 steps of gmatrix; the others have no hessian"
+    )
+
+
+def test_records_of_different_seeds_only__are_left_out() -> None:
+    run = RUN.copy()
+    run["hessian"], run["gmatrix"] = RUN["hessian"].sel(seed=[0]), RUN["gmatrix"].sel(seed=[7])
+    left_out = {"hessian_gmatrix/fc1.weight": "no seed of which both were recorded"}
+    assert whole_run.overlap(run).attrs["left_out"] == left_out
+
+
 def test_records_at_different_steps_only__are_left_out() -> None:
     shifted = RUN.copy()
     shifted["hessian"] = xr.DataTree.from_dict(
@@ -216,7 +295,9 @@ def test_rank__is_of_spectra_and_of_weight_matrices() -> None:
     assert found.attrs["left_out"] == {"weights/fc1.bias": "no matrix"}
     matrix = analysis.rank(WEIGHT, ("out", "in"), rtol=0.1)
     xr.testing.assert_identical(found["weights/fc1.weight"].to_dataset(), matrix)
-    assert "/hessian" in leaves(found)
+    spectrum = analysis.rank(RUN["hessian/eigenvalues"], rtol=0.1, regularizer=0.3)
+    xr.testing.assert_identical(found["hessian"].to_dataset().drop_attrs(deep=False), spectrum)
+    assert not spectrum.equals(analysis.rank(RUN["hessian/eigenvalues"], rtol=0.1))
 
 
 def test_rank__of_a_convolution_is_that_of_outputs_against_all_inputs() -> None:
@@ -270,6 +351,22 @@ def test_select_run__takes_seeds_and_layers_of_all_groups() -> None:
     xr.testing.assert_identical(found["hessian/eigenvalues"], RUN["hessian/eigenvalues"].sel(seed=[7]))
     xr.testing.assert_identical(found["weights/fc1.weight/weight"], WEIGHT.sel(seed=[7]))
     assert found["hessian"].attrs == RUN["hessian"].attrs
+
+
+def test_select_run__keeps_the_weights_that_a_block_is_made_of() -> None:
+    found = whole_run.select_run(RUN, layers=["fc1"])
+    assert [node.path for node in found.subtree if node.data_vars] == [
+        "/metrics",
+        "/hessian",
+        "/gmatrix",
+        "/weights/fc1.weight",
+        "/weights/fc1.bias",
+        "/gradients/fc1.weight",
+        "/hessian_module/fc1",
+    ]
+    of_block, of_all = whole_run.alignment(found), whole_run.alignment(RUN)
+    assert list(leaves(of_block)) == ["/hessian_module/fc1"]
+    xr.testing.assert_identical(of_block["hessian_module/fc1"], of_all["hessian_module/fc1"])
 
 
 def test_select_run__of_everything_is_the_run() -> None:

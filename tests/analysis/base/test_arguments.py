@@ -111,3 +111,38 @@ def test_vector_dims_of__refuses_sketches_by_different_matrices(changed: dict[st
 
 def test_vector_dims_of__takes_sketches_by_one_matrix_of_other_shapes() -> None:
     assert vector_dims_of({"u": sketched(), "v": sketched(shape=[3, 3])}) == ("sketch",)
+
+
+def product(*arrays: xr.DataArray) -> xr.DataArray:
+    result: xr.DataArray = apply_kernel(lambda x, y: (x * y).sum(-1), arrays, [["in"]] * 2)
+    return result
+
+
+def test_apply_kernel__keeps_scalar_coords_that_agree_and_drops_those_that_do_not() -> None:
+    u = array("step", "in").assign_coords(step=[0, 5, 10, 15], layer="fc1", epoch=("step", [0, 1, 2, 3]))
+    found = product(u.sel(step=15), u.sel(step=0))
+    assert dict(found.coords).keys() == {"layer"}
+    assert (u * u).isel(step=0).coords.keys() == product(u.sel(step=0), u.sel(step=0)).coords.keys()
+    for pair in ((u, u.sel(step=15)), (u.sel(step=15), u)):
+        both = product(*pair)
+        assert both["step"].values.tolist() == [0, 5, 10, 15]
+        assert both["epoch"].values.tolist() == [0, 1, 2, 3]
+        assert both["layer"].item() == "fc1"
+
+
+def test_apply_kernel__drops_lazy_scalar_coords_of_other_tasks_without_computing_them() -> None:
+    times = [xr.Variable((), value).chunk() for value in (0.5, 1.5)]
+    u, v = (array("in").assign_coords(time=time) for time in times)
+
+    def compute(*_: object, **__: object) -> None:
+        raise AssertionError("computed")
+
+    with dask.config.set(scheduler=compute):
+        assert "time" not in product(u, v).coords
+        assert "time" in product(u, u).coords
+
+
+def test_apply_kernel__refuses_dims_named_as_those_of_the_result() -> None:
+    u = array("step", "in").rename(step="angle")
+    with pytest.raises(ValueError, match=r"without the dims \['angle'\].*rename\(angle='other'\)"):
+        apply_kernel(np.copy, [u], [["in"]], output_dims=[["angle"]], output_sizes={"angle": 5})

@@ -34,8 +34,11 @@ def test_layers__of_one_array_have_no_layer_dim() -> None:
 
 def test_stack_layers__refuses_layers_with_other_steps() -> None:
     one = xr.DataArray([1.0, 2.0], dims="step", coords={"step": [0, 1]})
-    with pytest.raises(ValueError, match="step"):
-        stack_layers({"a": one, "b": one.assign_coords(step=[0, 2])})
+    for other in (one.assign_coords(step=[0, 2]), one.isel(step=[0]), one.drop_vars("step").isel(step=[0])):
+        with pytest.raises(ValueError, match=r"equal labels along dim 'step', came 2 in 'a'.*xr.align"):
+            stack_layers({"a": one, "b": other})
+        with pytest.raises(ValueError, match=r"equal labels along dim 'step', came 2 in 'a'"):
+            stack_layers({"a": one.to_dataset(name="nc1"), "b": other.to_dataset(name="nc1")})
 
 
 def test_layers__refuses_what_holds_none_or_several_variables() -> None:

@@ -89,6 +89,21 @@ def test_pairs__are_those_of_single_distances_in_blocks_of_any_size(monkeypatch:
     np.testing.assert_allclose(pairwise_bhattacharyya(p), found, rtol=1e-12, atol=1e-15)
 
 
+def test_pairs__tasks_grow_with_the_number_of_small_chunks_not_its_square() -> None:
+    def tasks(n: int) -> int:
+        return len(dict(pairwise_bhattacharyya(predictions(n, 7, 4).chunk(step=1)).data.dask))
+
+    assert tasks(64) - tasks(32) <= 1.05 * 2 * (tasks(32) - tasks(16))
+
+
+def test_pairs__of_some_united_chunks_are_those_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hild_xr.analysis.base.chunks.CHUNK_BYTES", 2 * 8 * 7 * 4)
+    p = predictions(5, 7, 4)
+    found = pairwise_bhattacharyya(p.chunk(step=1))
+    assert found.chunksizes["step"] == found.chunksizes["step_"] == (2, 2, 1)
+    np.testing.assert_allclose(found, pairwise_bhattacharyya(p), rtol=1e-12, atol=1e-15)
+
+
 def test_pairs__of_all_records_of_all_runs_carry_the_labels_of_both() -> None:
     p = predictions(2, 3, 7, 4).assign_coords(seed=[3, 8], step=[0, 5, 9])
     found = pairwise_bhattacharyya(p, dim=("seed", "step"))
@@ -192,3 +207,24 @@ def test_manifold__refuses_bad_arguments() -> None:
         pairwise_bhattacharyya(steps.rename(seed="step_"))
     with pytest.raises(ValueError, match="differ along dim 'sample'"):
         progress(p, p.isel(sample=slice(2)))
+
+
+def test_logits__said_to_be_probabilities_are_refused_and_named() -> None:
+    logits = xr.DataArray(np.random.default_rng(0).normal(0, 5, (3, 8, 4)), dims=("step", *NAMES))
+    for function in (pairwise_bhattacharyya, lambda a: bhattacharyya_distance(a, a)):
+        with pytest.raises(ValueError, match="came none: pass of='logits'"):
+            function(logits)
+    with pytest.raises(ValueError, match=r"probabilities as predictions.*of='logits'"):
+        progress(logits, predictions(8, 4))
+    assert pairwise_bhattacharyya(logits, of="logits").notnull().all()
+
+
+def test_lazy_outputs__as_the_model_gave_them_are_refused_as_probabilities_without_computing() -> None:
+    p = predictions(3, 8, 4)
+    raw = p.chunk(step=1).assign_attrs(transform=None)
+    with pytest.raises(ValueError, match=r"transform=None.*of='logits'.*assign_attrs"):
+        pairwise_bhattacharyya(raw)
+    for stated in (raw.assign_attrs(transform="Softmax"), p.chunk(), p.assign_attrs(transform=None)):
+        np.testing.assert_allclose(pairwise_bhattacharyya(stated), pairwise_bhattacharyya(p), atol=1e-15)
+    missing = xr.full_like(p, np.nan)
+    assert pairwise_bhattacharyya(missing).isnull().all()

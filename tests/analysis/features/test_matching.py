@@ -154,3 +154,19 @@ def test_matching__refuses_bad_arguments() -> None:
         neuron_correlation(u, u * 1j)
     with pytest.raises(ValueError, match="at least one unit"):
         random_rotation(u[:, :0], random_seed=0)
+
+
+def test_matching__leaves_out_units_with_a_missing_activation_and_marks_them() -> None:
+    u = gaussian(20, 4)
+    holed = u.copy()
+    holed[3, 1] = np.nan
+    found = matched_correlation(holed, u)
+    assert found["matched_unit"].values.tolist() == [0, -1, 2, 3]
+    assert np.isnan(found["matched_correlation"].values).tolist() == [False, True, False, False]
+    assert float(found["mean_matched_correlation"]) == pytest.approx(1)
+
+
+def test_baseline__refuses_numbers_that_are_not_whole() -> None:
+    for numbers in ((2.5, 10), (True, 10), (2, "10")):
+        with pytest.raises(TypeError, match="whole number as n_"):
+            matched_correlation_baseline(*numbers)

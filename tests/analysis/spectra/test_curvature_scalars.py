@@ -190,3 +190,64 @@ def test_functions__refuse_bad_arguments() -> None:
         positive_fraction(array * 1j, dim="in")
     with pytest.raises(TypeError, match="complex"):
         noise_scale(array.sum("in") * 1j, array, vector_dims="in")
+
+
+LAYER_NAMES = ["fc1.weight", "fc2.weight"]
+
+
+def of_layers(matrix: str) -> tuple[xr.DataArray, xr.DataArray]:
+    """Traces of two layers as a run stores them, and the gradient of the first."""
+    trace = xr.DataArray(
+        [[9.0, 70.0], [5.0, 60.0]],
+        dims=("step", "layer"),
+        coords={"step": [0, 5], "layer": LAYER_NAMES},
+        attrs={"matrix": matrix},
+    )
+    gradient = xr.DataArray(
+        [[[1.0, 2.0]], [[2.0, 0.0]]], dims=("step", "out", "in"), coords={"step": [0, 5]}
+    ).assign_attrs(vector_dims=["out", "in"])
+    return trace, gradient
+
+
+def test_noise_scale__of_one_layer_takes_the_trace_of_that_layer() -> None:
+    trace, gradient = of_layers("gmatrix")
+    assert noise_scale(trace.sel(layer="fc1.weight"), gradient).values.tolist() == [0.8, 0.25]
+    with pytest.raises(ValueError, match=r"came \['layer'\] on trace alone.*trace.sel\(layer='fc1.weight'\)"):
+        noise_scale(trace, gradient)
+    with pytest.raises(ValueError, match=r"of one layer, came \['fc2.weight', 'fc1.weight'\]"):
+        noise_scale(trace.sel(layer="fc2.weight"), gradient.assign_coords(layer="fc1.weight"))
+
+
+def test_noise_scale__is_not_broadcast_over_records_or_rows() -> None:
+    trace, gradient = of_layers("gmatrix")
+    trace = trace.sel(layer="fc1.weight", drop=True)
+    with pytest.raises(ValueError, match=r"came \['step'\] on trace alone.*trace.sel\(step=0\)"):
+        noise_scale(trace, gradient.isel(step=0))
+    with pytest.raises(ValueError, match=r"came \['step'\] on gradient alone"):
+        noise_scale(trace.isel(step=0), gradient)
+    with pytest.raises(ValueError, match=r"came \['out'\] on gradient alone"):
+        noise_scale(trace, gradient, vector_dims="in")
+
+
+def test_noise_scale__refuses_the_trace_of_another_matrix() -> None:
+    for matrix, centered, message in (
+        ("hessian", False, "expected the trace of 'gmatrix' with centered=False, came 'hessian'$"),
+        ("gmatrix_centered", False, "came 'gmatrix_centered'; pass centered=True"),
+        ("gmatrix", True, "came 'gmatrix'; pass centered=False"),
+    ):
+        trace, gradient = of_layers(matrix)
+        with pytest.raises(ValueError, match=message):
+            noise_scale(trace.isel(layer=0), gradient, centered=centered)
+    trace, gradient = of_layers("gmatrix_centered")
+    assert noise_scale(trace.isel(layer=0), gradient, centered=True).values.tolist() == [1.8, 1.25]
+
+
+def test_trace_to_frobenius__refuses_two_matrices_or_layers() -> None:
+    (trace, _), (norm, _) = of_layers("gmatrix"), of_layers("hessian")
+    with pytest.raises(ValueError, match="'trace': 'gmatrix', 'frobenius_norm': 'hessian'"):
+        trace_to_frobenius(trace, norm)
+    assert (trace_to_frobenius(norm, norm) == 1).all()
+    with pytest.raises(ValueError, match=r"came \['layer'\] on trace alone"):
+        trace_to_frobenius(norm, norm.isel(layer=0))
+    with pytest.raises(ValueError, match="of one layer"):
+        trace_to_frobenius(norm.isel(layer=1), norm.isel(layer=0))

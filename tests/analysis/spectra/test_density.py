@@ -255,3 +255,16 @@ def test_functions__refuse_bad_arguments() -> None:
         bulk_weights(nodes, weights, upper=nodes)
     with pytest.raises(TypeError, match="complex"):
         spectral_moments(nodes * 1j, weights)
+
+
+def test_functions__refuse_points_and_widths_that_are_not_real() -> None:
+    rule_of_all = some_rule()
+    for points in ([1j], ["1"], [True]):
+        with pytest.raises(TypeError, match="expected points as real numbers, came dtype"):
+            spectral_density(*rule_of_all, points, width=0.1)
+        with pytest.raises(TypeError, match="expected points as real numbers, came dtype"):
+            spectral_distribution(*rule_of_all, points)
+    with pytest.raises(TypeError, match="real number as width"):
+        spectral_density(*rule_of_all, [0.0], width="0.1")
+    with pytest.raises(TypeError, match="real number as upper"):
+        bulk_weights(*rule_of_all, upper=1j)

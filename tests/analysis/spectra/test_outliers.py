@@ -211,6 +211,23 @@ def test_outliers__refuses_options_that_do_not_fit(options: dict[str, Any], mess
         outliers(spectra(), **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 2.5},
+        {"k": "2"},
+        {"k": True},
+        {"threshold": "2"},
+        {"threshold": True},
+        {"method": "edge", "edge": "3"},
+        {"regularizer": "0.1"},
+    ],
+)
+def test_outliers__refuses_options_that_are_no_numbers(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"expected a (whole|real) number as .*, came"):
+        outliers(spectra(), **options)
+
+
 def test_outliers__refuses_complex_and_empty_spectra() -> None:
     with pytest.raises(TypeError, match="complex128"):
         outliers(spectra() * 1j)

@@ -160,3 +160,48 @@ def test_rank__refuses_complex_and_empty_arrays() -> None:
         rank(weights() * 1j, ("out", "in"))
     with pytest.raises(ValueError, match="at least one value along"):
         rank(weights().isel(out=slice(0)), ("out", "in"))
+
+
+def test_rank__with_a_regulariser_is_that_of_the_matrix_without() -> None:
+    lam, beta = np.array([[3.0, 2.0, 0.0, -1.0], [4.0, 0.0, 0.0, NAN]]), np.array([0.1, 0.3])
+    plain = xr.DataArray(lam, dims=("step", "eig"))
+    moved = plain + xr.DataArray(beta, dims="step")
+    assert rank(moved)["numerical_rank"].values.tolist() == [4, 3]
+    expected = rank(plain)
+    found = rank(moved, regularizer=xr.DataArray(beta, dims="step"))
+    xr.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert found["numerical_rank"].values.tolist() == [3, 1]
+    xr.testing.assert_allclose(rank(moved[0], regularizer=0.1), expected.isel(step=0), rtol=1e-12)
+    for single in (numerical_rank, stable_rank, effective_rank, participation_ratio):
+        one = single(moved, regularizer=xr.DataArray(beta, dims="step"))
+        xr.testing.assert_identical(one, found[single.__name__])
+
+
+def test_rank__from_an_unknown_regulariser_is_unknown() -> None:
+    found = rank(xr.DataArray([2.0, 1.0], dims="eig"), regularizer=NAN)
+    assert int(found["numerical_rank"]) == -1
+    assert np.isnan(float(found["stable_rank"]))
+
+
+@given(k=st.integers(1, 6), seed=st.integers(0, 999))
+def test_rank__of_the_leading_eigenvalues_is_a_lower_bound(k: int, seed: int) -> None:
+    values = np.sort(np.random.default_rng(seed).exponential(size=6) ** 3)[::-1]
+    eigenvalues = xr.DataArray(values, dims="eig")
+    part, whole = (rank(a, rtol=1e-12) for a in (eigenvalues[:k], eigenvalues))
+    for name in whole:
+        assert float(part[name]) <= float(whole[name]) * (1 + 1e-12)
+
+
+def test_rank__refuses_regularisers_of_matrices_and_options_that_are_no_numbers() -> None:
+    eigenvalues = xr.DataArray([[2.0, 1.0]], dims=("step", "eig"))
+    for beta in (0.1, xr.DataArray(0.0)):
+        with pytest.raises(ValueError, match="no regularizer of matrices"):
+            rank(weights(), ("out", "in"), regularizer=beta)
+    with pytest.raises(TypeError, match="real number as regularizer"):
+        rank(eigenvalues, regularizer="0.1")
+    with pytest.raises(TypeError, match="real number as rtol"):
+        rank(eigenvalues, rtol="0.1")
+    with pytest.raises(ValueError, match="one regularizer for a spectrum"):
+        rank(eigenvalues, regularizer=eigenvalues)
+    with pytest.raises(ValueError, match="differ along dim 'step'"):
+        rank(eigenvalues, regularizer=xr.DataArray([0.1, 0.2], dims="step"))

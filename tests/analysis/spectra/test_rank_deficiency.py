@@ -59,6 +59,9 @@ def test_deficiency__refuses_a_full_rank_of_zero_and_what_outliers_refuses() -> 
     eigenvalues = xr.DataArray([5.0, 4.0, 3.0], dims="eig")
     with pytest.raises(ValueError, match="full_rank of at least 1"):
         rank_deficiency(eigenvalues, 0)
+    for wrong in (2.5, True, "2"):
+        with pytest.raises(TypeError, match="whole number as full_rank"):
+            rank_deficiency(eigenvalues, wrong)
     with pytest.raises(ValueError, match="method"):
         rank_deficiency(eigenvalues, 2, method="elbow")
     with pytest.raises(TypeError, match="complex"):

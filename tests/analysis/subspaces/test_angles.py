@@ -374,7 +374,7 @@ def count_of_orthonormalised(monkeypatch: pytest.MonkeyPatch, u: xr.DataArray) -
 def test_pairwise_angles__takes_each_basis_once_where_all_can_be_held(
     monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(angles, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("hild_xr.analysis.base.chunks.CHUNK_BYTES", chunk_bytes)
     u = eigenvectors(0, steps=6)
     assert count_of_orthonormalised(monkeypatch, u.chunk(step=2, seed=1)) == u.sizes["seed"] * 6
 
@@ -402,7 +402,7 @@ def test_pairwise_angles__holds_a_few_blocks_where_all_are_too_many(
     monkeypatch: pytest.MonkeyPatch, held_bytes: int
 ) -> None:
     n, record = 12, 8 * 3 * 2 * 4
-    monkeypatch.setattr(angles, "CHUNK_BYTES", 2 * record)
+    monkeypatch.setattr("hild_xr.analysis.base.chunks.CHUNK_BYTES", 2 * record)
     monkeypatch.setattr(angles, "HELD_BYTES", held_bytes)
     u = eigenvectors(0, steps=2 * n).isel(seed=0)
     expected, live = pairwise_angles(u), Live()
@@ -516,7 +516,7 @@ def test_angles__graphs_grow_in_proportion_to_the_number_of_chunks(
 def test_pairwise_angles__large_blocks_of_records_have_a_task_for_each_pair(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(angles, "CHUNK_BYTES", 1)  # nothing is united
+    monkeypatch.setattr("hild_xr.analysis.base.chunks.CHUNK_BYTES", 1)  # nothing is united
     u = eigenvectors(0, steps=16).chunk(step=2)
     tasks = dict(pairwise_angles(u).data.dask)
     assert sum("pairwise-angles" in str(key[0]) for key in tasks) == 8**2

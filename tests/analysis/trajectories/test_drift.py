@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import dask
 import numpy as np
@@ -203,6 +204,30 @@ def test_graph__of_consecutive_overlaps_is_linear_in_the_number_of_chunks() -> N
         return len(dict(consecutive_overlap(u).__dask_graph__()))  # type: ignore[no-untyped-call]
 
     assert tasks(64) - tasks(32) <= 1.05 * 2 * (tasks(32) - tasks(16))
+
+
+@pytest.mark.parametrize("function", [pairwise_overlap, pairwise_subspace_overlap])
+def test_graph__of_all_pairs_grows_with_the_number_of_small_chunks_not_its_square(
+    function: Callable[[xr.DataArray], xr.DataArray],
+) -> None:
+    def tasks(n: int) -> int:
+        array = dask.array.ones((n, K, OUT, IN), chunks=(1, K, OUT, IN))
+        return len(
+            dict(function(xr.DataArray(array, dims=("step", "eig", "out", "in"), attrs=ATTRS)).data.dask)
+        )
+
+    assert tasks(64) - tasks(32) <= 1.05 * 2 * (tasks(32) - tasks(16))
+
+
+@pytest.mark.parametrize("function", [pairwise_overlap, pairwise_subspace_overlap])
+def test_pairwise__of_some_united_chunks_is_that_in_memory(
+    function: Callable[[xr.DataArray], xr.DataArray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hild_xr.analysis.base.chunks.CHUNK_BYTES", 2 * 8 * 2 * K * OUT * IN)
+    u = frames(missing=(4,))
+    found = function(u.chunk(step=1))
+    assert found.chunksizes["step"] == found.chunksizes["step_"] == (2, 2, 2, 1)
+    xr.testing.assert_allclose(found.compute(scheduler="synchronous"), function(u), atol=1e-13)
 
 
 def test_drift__of_no_records_is_empty() -> None:

@@ -132,6 +132,18 @@ def test_flattening_and_rotation__are_those_over_the_instability() -> None:
     assert rotation.dims == ("seed", "instability")
 
 
+def test_rotation__of_a_span_is_what_its_attrs_say() -> None:
+    """Planted: of two vectors one turns by 0.3 rad, so that the subspace overlap is (1 + cos^2) / 2."""
+    loss, sharp, u = (a.sel(seed=5) for a in runs())
+    still = xr.zeros_like(u)
+    still[..., -1] = 1.0  # across the plane in which u turns
+    rotation = instability_rotation(xr.concat([u, still], "eig"), instabilities(loss, sharp, LIMIT))
+    expected = 1 - ((1 + np.cos(0.3) ** 2) / 2) ** 0.5
+    np.testing.assert_allclose(rotation[0], expected, atol=1e-12)
+    assert rotation.name == "instability_rotation"
+    assert "One minus the root of the subspace overlap" in rotation.attrs["description"]
+
+
 def test_rotation__of_another_cadence_takes_the_records_around() -> None:
     loss, sharp, u = runs()
     found = instabilities(loss, sharp, LIMIT)

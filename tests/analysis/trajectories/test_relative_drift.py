@@ -71,7 +71,7 @@ def test_kernel__broadcasts_the_reference() -> None:
 
 def test_drift__refuses_bad_arguments() -> None:
     w = weights()
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"came 5; the labels are \[0, 10, 20, 30\]"):
         relative_drift(w, 5)
     with pytest.raises(ValueError, match="no vector dims"):
         relative_drift(w.drop_attrs(), 0)
@@ -85,3 +85,11 @@ def test_drift__refuses_bad_arguments() -> None:
         relative_drift(w.assign_coords(step=[0, 0, 1, 2]), 0)
     with pytest.raises(TypeError, match="complex"):
         relative_drift(w * 1j, 0)
+
+
+def test_drift__of_matrices_whose_attr_names_one_side_asks_for_both() -> None:
+    matrices = weights().rename({"out": "in_"}).assign_attrs(vector_dims=["in"])
+    with pytest.raises(ValueError, match=r"pass vector_dims=\['in', 'in_'\]"):
+        relative_drift(matrices, 0)
+    assert relative_drift(matrices, 0, vector_dims=["in", "in_"]).dims == ("seed", "step")
+    assert relative_drift(matrices, 0, vector_dims="in").dims == ("seed", "step", "in_")

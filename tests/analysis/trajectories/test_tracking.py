@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ATTRS = {"vector_dims": ["out", "in"], "number_dim": "eig"}
+NAN = np.nan
 P, SHAPE = 24, (4, 6)
 Planted = tuple[np.ndarray, np.ndarray]
 
@@ -156,6 +157,58 @@ def test_track__births_and_deaths_are_told() -> None:
     assert np.isnan(tracks.track_birth[3])  # there is no fourth
 
 
+@pytest.mark.parametrize(
+    "order", [slice(None), slice(None, None, -1)], ids=["into a group", "out of a group"]
+)
+def test_track__two_vectors_that_fall_onto_one_direction_are_one_track_and_one_death(order: slice) -> None:
+    """The principal angles of the spans are 0 and 90 degrees, though each vector overlaps by 0.707."""
+    x = 2**-0.5
+    spans = np.array([[[x, 0, x], [x, 0, -x]], [[1, 0, 0], [0, 1, 0]]])
+    values = np.array([[2.0, 1.0], [1.5, 1.5]])
+    u = xr.DataArray(spans[order], dims=("step", "eig", "in"), coords={"step": [0, 10]})
+    u.attrs = {"vector_dims": ["in"], "number_dim": "eig"}
+    tracks = track(xr.DataArray(values[order], dims=("step", "eig"), coords={"step": [0, 10]}), u)
+    assert int(tracks.track_count) == 3
+    np.testing.assert_array_equal(tracks.track_birth[:3], [0.0, 0.0, 10.0])
+    np.testing.assert_array_equal(tracks.track_death[:3], [NAN, 10.0, NAN])
+    np.testing.assert_allclose(tracks.track_overlap[:3, 1], [x, NAN, NAN])
+    np.testing.assert_allclose(track_drift(tracks).eigenvector_rotation[:3, 1], [1 - x, NAN, NAN])
+
+
+def replaced_in_a_group(seed: int, size: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of (nearly) one eigenvalue, in an arbitrary basis, and a distinct one; record 6 replaces one."""
+    frames = rotating_frames(12, size + 2, speed=0.03, seed=seed)
+    frames[6:, 0] = frames[6:, size + 1]
+    frames = frames[:, : size + 1]
+    rng = np.random.default_rng(seed)
+    for t in range(12):
+        frames[t, :size] = np.linalg.qr(rng.standard_normal((size, size)))[0] @ frames[t, :size]
+    return np.tile([*(2 + 1e-3 * np.arange(size)), 1.0], (12, 1)), frames
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_track__a_death_and_a_birth_inside_a_group_are_told(size: int) -> None:
+    """Each vector of the group may overlap with what is left of the span: one of the tracks ends, no more."""
+    for seed in range(20):
+        tracks = track(*recorded(*replaced_in_a_group(seed, size), seed=None))
+        births, deaths = tracks.track_birth.values, tracks.track_death.values
+        assert int(tracks.track_count) == size + 2
+        assert sorted(births[: size + 2]) == [0.0] * (size + 1) + [60.0]
+        assert deaths[np.isfinite(deaths)].tolist() == [60.0]
+        assert births[deaths == 60.0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_track__one_that_leaves_a_group_is_no_death(size: int) -> None:
+    """The vectors carried in the group may have 1 / sqrt(size) of the one that leaves; the span has it."""
+    values = np.full((6, size), 2.0)
+    values[3:, 0] = 2.5
+    for seed in range(20):
+        tracks = track(*recorded(values, rotating_frames(6, size, speed=0.03, seed=seed), seed=seed))
+        assert int(tracks.track_count) == size
+        assert np.isnan(tracks.track_death).all()
+
+
 def test_track__an_unrelated_basis_ends_all_tracks() -> None:
     frames = rotating_frames(6, 3)
     frames[3:] = np.linalg.qr(np.random.default_rng(5).standard_normal((P, 3)))[0].T
@@ -257,6 +310,19 @@ def test_law__signs_and_order_do_not_change_the_tracks(seed: int, change: int) -
     for name in (*PER_RECORD, "track_birth", "track_death", "track_count"):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-12, err_msg=name)
     assert_tracks(found, values.T)
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 999), change=st.integers(0, 999))
+def test_law__signs_and_order_do_not_change_a_death_in_a_group(seed: int, change: int) -> None:
+    values, frames = replaced_in_a_group(seed)
+    rng = np.random.default_rng(change)
+    order = np.stack([rng.permutation(3) for _ in values])
+    changed = np.take_along_axis(frames, order[..., None], 1) * rng.choice([-1, 1], order.shape)[..., None]
+    found = track(*recorded(np.take_along_axis(values, order, 1), changed, seed=None))
+    expected = track(*recorded(values, frames, seed=None))
+    for name in (*PER_RECORD, "track_birth", "track_death", "track_count"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-12, err_msg=name)
 
 
 @settings(max_examples=25)

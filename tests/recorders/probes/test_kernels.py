@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hild_xr as hx
 from hild_xr import recorders as rec
+from hild_xr.analysis import relative_drift
 from hild_xr.recorders.curvature import conjugate_kernel
 
 
@@ -90,6 +91,11 @@ def test_kernels__are_stored_at_each_step(tmp_path: Path) -> None:
         # the outputs double, and so do their derivatives by the first layer
         np.testing.assert_allclose(kernel.values[0, 1], 4 * kernel.values[0, 0], rtol=1e-12)
         np.testing.assert_allclose(kernel.values, kernel.values.swapaxes(-1, -2), rtol=1e-12)
+        # of the whole kernel, without arguments: it is four times what it was
+        drift = relative_drift(kernel, 0)
+        assert drift.dims == ("seed", "step")
+        np.testing.assert_allclose(drift, [[0.0, 3.0]], rtol=1e-12)
+    assert conjugate.attrs["side"] == "output"
     assert run["tangent_kernel"].attrs["output"] == 2
     assert run["tangent_kernel"].attrs["layers"] == ["0.weight"]
 
