@@ -333,6 +333,8 @@ def test_analyze__that_is_stopped_by_a_signal_leaves_nothing_behind(
 ) -> None:
     folder = tmp_path / "out"
     program = (
+        # under nohup it would be ignored, and rightly stay so
+        f"import signal; signal.signal(signal.{name}, signal.SIG_DFL)\n"
         "import time, pathlib, hild_xr.analyze, hild_xr.cli\n"
         "def write(result, scratch, *, progress):\n"
         "    scratch.mkdir()\n"
