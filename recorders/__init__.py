@@ -38,6 +38,7 @@ from hild_xr.recorders.probes import (
     Trace,
     Weights,
 )
+from hild_xr.recorders.projected_gradient import project_gradient
 from hild_xr.recorders.rebuilt import load_weights, over_records
 from hild_xr.recorders.recorder import Estimate, NonFiniteRecordWarning, Recorder
 from hild_xr.recorders.schedule import Schedule, at, every, log_spaced, log_then_linear
@@ -80,4 +81,5 @@ __all__ = [
     "log_then_linear",
     "over_records",
     "problems",
+    "project_gradient",
 ]
