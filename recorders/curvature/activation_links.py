@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from torch.autograd.graph import Node
+
+_PERIODS = 8191, 8179  # of random numbers: primes, which no layer is wide
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,44 @@ class ActivationLink:
     bend: Tensor
 
 
-def find_link(loss: Tensor, z: Tensor, h: Tensor) -> ActivationLink | None:
+class Flow:
+    """Where numbers go in the graph of a loss: the users of every node, found once.
+
+    Parameters
+    ----------
+    loss
+        The loss, with its graph.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        self._last = loss.grad_fn
+        self._users: dict[Node, list[Node]] = defaultdict(list)
+        for node, user in _edges(loss.grad_fn):
+            self._users[node].append(user)
+
+    def meets(self, z: Tensor, ends: Collection[Node]) -> Node | None:
+        """Return the one end that all ways from z to the loss lead through, if it is used once."""
+        if z.grad_fn is None:
+            return None
+        found = {z.grad_fn} & set(ends)
+        reached, stack = {z.grad_fn}, [z.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is self._last:
+                return None
+            for user in self._users[node] if node not in ends else ():
+                if user not in reached:
+                    reached.add(user)
+                    stack.append(user)
+                    found |= {user} & set(ends)
+            if len(found) > 1:
+                return None
+        # Every way on from z that is not stopped at an end would have come to the loss.
+        end = found.pop() if found else None
+        return end if end is not None and len(self._users[end]) == 1 else None
+
+
+def find_link(flow: Flow, z: Tensor, h: Tensor) -> ActivationLink | None:
     """Return the link from the output z of a layer to the input h of another one, if it is one.
 
     Two things must hold. In the graph of the loss, every way from z leads through h and
@@ -52,8 +91,8 @@ def find_link(loss: Tensor, z: Tensor, h: Tensor) -> ActivationLink | None:
 
     Parameters
     ----------
-    loss
-        The loss, with its graph.
+    flow
+        Of the loss.
     z, h
         Shape (M, d).
 
@@ -62,13 +101,13 @@ def find_link(loss: Tensor, z: Tensor, h: Tensor) -> ActivationLink | None:
     >>> z = torch.tensor([[0.0, 1.0]], requires_grad=True)
     >>> start = z * 1
     >>> h = start**2
-    >>> link = find_link((h @ torch.ones(2)).sum(), start, h)
+    >>> link = find_link(Flow((h @ torch.ones(2)).sum()), start, h)
     >>> link.slope.tolist(), link.bend.tolist()
     ([[0.0, 2.0]], [[2.0, 2.0]])
-    >>> find_link((h @ torch.ones(2)).sum() + start.sum(), start, h) is None
+    >>> find_link(Flow((h @ torch.ones(2)).sum() + start.sum()), start, h) is None
     True
     """
-    if h.shape != z.shape or h.grad_fn is None or z.grad_fn is None or not _is_only_way(loss, z, h):
+    if h.shape != z.shape or h.grad_fn is None or flow.meets(z, {h.grad_fn}) is not h.grad_fn:
         return None
     ones = torch.ones_like(h)
     left, right = _factors(h)
@@ -84,10 +123,19 @@ def find_link(loss: Tensor, z: Tensor, h: Tensor) -> ActivationLink | None:
 
 
 def _factors(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two tensors of random signs times powers of two, by which products are not rounded."""
+    """Return two tensors of random signs times powers of two, by which products are not rounded.
+
+    Some thousand random numbers, repeated: to draw all of them would take longer than the rest.
+    """
     values = torch.tensor([1, 2, 4, 8, -1, -2, -4, -8], dtype=like.dtype)
-    chosen = torch.randint(0, 8, (2, *like.shape), generator=torch.Generator().manual_seed(0))
-    left, right = values[chosen].to(like.device)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        values[torch.randint(0, 8, (period,), generator=generator)]
+        .repeat(like.numel() // period + 1)[: like.numel()]
+        .reshape(like.shape)
+        .to(like.device)
+        for period in _PERIODS
+    )
     return left, right
 
 
@@ -99,25 +147,6 @@ def _second(first: Tensor, z: Tensor, factors: Tensor) -> Tensor:
         first, z, factors, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return found.detach()
-
-
-def _is_only_way(loss: Tensor, z: Tensor, h: Tensor) -> bool:
-    """Whether all that z does to the loss goes through h, and h is used once."""
-    start, end = z.grad_fn, h.grad_fn
-    users: dict[Node, list[Node]] = defaultdict(list)
-    for node, user in _edges(loss.grad_fn):
-        users[node].append(user)
-    if start is None or end is None or len(users[end]) != 1:
-        return False
-    reached, stack = {start}, [start]
-    while stack:
-        node = stack.pop()
-        for user in users[node] if node is not end else ():
-            if user not in reached:
-                reached.add(user)
-                stack.append(user)
-    # Every way on from z that is not stopped at h would have come to the loss.
-    return end in reached and loss.grad_fn not in reached
 
 
 def _edges(last: Node | None) -> Iterator[tuple[Node, Node]]:

@@ -96,7 +96,7 @@ class LossGradients(Columns):
 
     def at_layers(self, graph: LossGraph, columns: Tensor | None, weights: Sequence[str]) -> list[Tensor]:  # noqa: ARG002
         """Return the gradient by the outputs of linear layers, each of shape (n, 1, out)."""
-        return [graph.output_gradient(weight)[:, None] for weight in weights]
+        return [graph.layers.output_gradient(weight)[:, None] for weight in weights]
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class LayerFactors:
         deltas = self._columns.at_layers(graph, at_outputs, self._weights)
         for weight, delta in zip(self._weights, deltas, strict=True):
             self._deltas[weight].append(delta)
-            self._inputs[weight].append(graph.layer_input(weight))
+            self._inputs[weight].append(graph.layers.inputs(weight))
 
     def joined(self) -> dict[str, FactoredGradients]:
         """Return the factors of all batches taken by weight, with delta of shape (M, K, out)."""

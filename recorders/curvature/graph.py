@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hild_xr.recorders.curvature.activation_links import ActivationLink, find_link
+from hild_xr.recorders.curvature.backward import pulled_back
 from hild_xr.recorders.curvature.functional import at_least_float32
-from hild_xr.recorders.curvature.linear_sites import Call, LinearSite, recorded_calls
+from hild_xr.recorders.curvature.linear_layers import LinearLayers
+from hild_xr.recorders.curvature.linear_sites import LinearSite, recorded_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE_ON_CPU = 2**20  # numbers in the activations of vectors taken at once
 _AT_ONCE_ON_GPU = 2**27
-
-_FEW_OUTPUTS = 65  # of a layer, whose second derivatives are then held whole
 
 
 class LossGraph:
@@ -66,6 +65,8 @@ class LossGraph:
         where it uses several, changes them in place, or reaches the parameters past them
         (an auxiliary loss kept by a module): there is a Hessian then, and nothing that is
         defined by derivatives at the outputs.
+    layers
+        The linear layers of ``sites``.
     """
 
     def __init__(
@@ -96,16 +97,17 @@ class LossGraph:
                 "outputs, and neither model nor loss may detach them or run under torch.no_grad"
             )
         self._parameters = network.trainable
-        self._calls: dict[str, Call] = {site.weight: calls[site.module][0] for site in sites}
-        self._links: dict[str, tuple[str, ActivationLink] | None] = {}
         self._leaves, self._structure = pytree.tree_flatten(outputs)
         self.output_leaf = _output_leaf(self.loss, before)
         self.outputs: Tensor | None = None if self.output_leaf is None else self._leaves[self.output_leaf]
         self._objective = objective
-        wanted = [*self._parameters.values(), *(call.z for call in self._calls.values())]
-        gradients = self._first_backward(wanted)
+        of_layers = {site.weight: calls[site.module][0] for site in sites}
+        gradients = self._first_backward(
+            [*self._parameters.values(), *(call.z for call in of_layers.values())]
+        )
         self._gradients = dict(zip(self._parameters, gradients, strict=False))
-        self._output_gradients = dict(zip(self._calls, gradients[len(self._parameters) :], strict=True))
+        by_outputs = dict(zip(of_layers, gradients[len(self._parameters) :], strict=True))
+        self.layers = LinearLayers(sites, of_layers, by_outputs, self._parameters, self.loss)
 
     def _first_backward(self, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if self.outputs is None:
@@ -163,7 +165,7 @@ class LossGraph:
         """
         gradients = [self._gradients[name] for name in names]
         leaves = [self._parameters[name] for name in (names if of is None else of)]
-        return _pulled_back(gradients, leaves, vectors)
+        return pulled_back(gradients, leaves, vectors)
 
     @property
     def vectors_at_once(self) -> int:
@@ -199,16 +201,16 @@ class LossGraph:
             If n is above 1 and an operation of the network has no batching rule.
         """
         self.needed_outputs()
-        return _pulled_back([self._gradients[name] for name in names], [self._cotangent], vectors)[0]
+        return pulled_back([self._gradients[name] for name in names], [self._cotangent], vectors)[0]
 
     def output_adjoints(self, names: Sequence[str], cotangents: Tensor) -> list[Tensor]:
         """Return J^T w for cotangents of shape (n, *outputs): a tensor (n, *parameter) for each name."""
         leaves = [self._parameters[name] for name in names]
-        return _pulled_back([self.needed_outputs()], leaves, [cotangents])
+        return pulled_back([self.needed_outputs()], leaves, [cotangents])
 
     def loss_hessian_products(self, directions: Tensor) -> Tensor:
         """Return the mean loss's second derivative by the outputs times directions (n, *outputs)."""
-        return _pulled_back([self._slope], [self.needed_outputs()], [directions])[0]
+        return pulled_back([self._slope], [self.needed_outputs()], [directions])[0]
 
     def loss_of_output(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of another output tensor in place of this one, for other targets."""
@@ -222,8 +224,8 @@ class LossGraph:
 
     def layer_adjoint(self, weights: Sequence[str], cotangent: Tensor) -> list[Tensor]:
         """Return J^T w by the outputs of linear layers, each (n, out), in float32 at least."""
-        calls = [self._calls[weight].z for weight in weights]
-        products = _pulled_back([self.needed_outputs()], calls, [cotangent[None]])
+        outputs = [self.layers.outputs(weight) for weight in weights]
+        products = pulled_back([self.needed_outputs()], outputs, [cotangent[None]])
         return [at_least_float32(product[0]) for product in products]
 
     def loss_slope(self) -> Tensor:
@@ -247,79 +249,6 @@ class LossGraph:
                 "loss(outputs, targets) use that alone, or take matrix='hessian' or 'gmatrix'"
             )
         return self.outputs
-
-    def layer_input(self, weight: str) -> Tensor:
-        """Return the input h of a linear layer, shape (n, in), in float32 at least."""
-        return at_least_float32(self._calls[weight].h.detach())
-
-    def output_gradient(self, weight: str) -> Tensor:
-        """Return the gradient of each sample's loss by the layer's output, shape (n, out)."""
-        return at_least_float32(self._output_gradients[weight].detach()) * self.n_samples
-
-    def output_curvature(self, weight: str) -> Tensor:
-        """Return the second derivative of each sample's loss by each single output, shape (n, out).
-
-        One backward pass for each output neuron, all samples at once, since no sample
-        sees another; fewer and shorter ones where only activations lie between this layer and
-        the next (see :mod:`hild_xr.recorders.curvature.activation_links`).
-        """
-        found = self._link(weight)
-        if found is None:
-            units = torch.eye(self._calls[weight].z.shape[1], device=self.loss.device, dtype=self.loss.dtype)
-            return at_least_float32(self._quadratic_forms(weight, units))
-        following, link = found
-        columns = self._parameters[following].detach()
-        forms = self._quadratic_forms(following, columns)
-        return at_least_float32(link.slope**2 * forms + link.bend * (self._slopes(following) @ columns))
-
-    def _quadratic_forms(self, weight: str, columns: Tensor) -> Tensor:
-        """Return w_c^T H w_c for columns (out, n_columns) and each sample's H by a layer's outputs."""
-        out, size = columns.shape
-        found = self._link(weight)
-        if found is not None and len(self._parameters[found[0]]) < min(out, size, _FEW_OUTPUTS):
-            return self._forms_behind(*found, columns)
-        if out < size:
-            products = self._second_derivatives(weight) @ columns
-            return (products * columns).sum(1)
-        forms = [self._by_outputs(weight, column) @ column for column in columns.T]
-        return torch.stack(forms, dim=1)
-
-    def _forms_behind(self, following: str, link: ActivationLink, columns: Tensor) -> Tensor:
-        """Return the same with H taken apart: through an activation, into a layer of few outputs."""
-        behind = self._parameters[following].detach()
-        bend = link.bend * (self._slopes(following) @ behind)
-        forms = bend @ columns**2
-        second = self._second_derivatives(following)
-        pushed = [link.slope @ (row[:, None] * columns) for row in behind]
-        for i, one in enumerate(pushed):
-            for j, other in enumerate(pushed):
-                forms += second[:, i, j, None] * one * other
-        return forms
-
-    def _second_derivatives(self, weight: str) -> Tensor:
-        """Return each sample's whole second derivative by a layer's outputs, shape (n, out, out)."""
-        z = self._calls[weight].z
-        units = torch.eye(z.shape[1], device=z.device, dtype=z.dtype)
-        return torch.stack([self._by_outputs(weight, unit) for unit in units], dim=1)
-
-    def _by_outputs(self, weight: str, direction: Tensor) -> Tensor:
-        """Return each sample's second derivative by a layer's outputs times a direction (out,)."""
-        gradient, z = self._output_gradients[weight], self._calls[weight].z
-        directions = (self.n_samples * direction.to(z.dtype)).expand(1, *z.shape)
-        return _pulled_back([gradient], [z], [directions])[0][0]
-
-    def _slopes(self, weight: str) -> Tensor:
-        return self._output_gradients[weight].detach() * self.n_samples
-
-    def _link(self, weight: str) -> tuple[str, ActivationLink] | None:
-        """Return the layer behind this one, and what lies between, where that is only an activation."""
-        if weight not in self._links:
-            self._links[weight] = None
-            for other, call in self._calls.items():
-                link = None if other == weight else find_link(self.loss, self._calls[weight].z, call.h)
-                if link is not None:
-                    self._links[weight] = (other, link)
-        return self._links[weight]
 
 
 class Graphs:
@@ -386,28 +315,6 @@ def _activations(inputs: Inputs, n_samples: int, parameters: Iterable[Tensor]) -
             total += tokens * parameter.shape[0]
     most: int = max(total, size, 1)
     return most
-
-
-def _pulled_back(of: Sequence[Tensor], by: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Return vector-Jacobian products for n cotangents (n, *of) of each tensor, each of shape (n, *by)."""
-    n = len(cotangents[0])
-    # What depends on no parameter (the gradient of a loss linear in them) has no graph.
-    pairs = [(o, c.to(o.dtype)) for o, c in zip(of, cotangents, strict=True) if o.grad_fn is not None]
-    products: Sequence[Tensor | None] = [None] * len(by)
-    if pairs:
-        products = torch.autograd.grad(
-            [o for o, _ in pairs],
-            by,
-            [c if n > 1 else c[0] for _, c in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=n > 1,
-        )
-    zeros = [tensor.new_zeros(n, *tensor.shape) for tensor in by]
-    return [
-        zero if product is None else product if n > 1 else product[None]
-        for product, zero in zip(products, zeros, strict=True)
-    ]
 
 
 def _places(outputs: Any) -> list[tuple[int, Tensor, tuple[Any, int], int]]:

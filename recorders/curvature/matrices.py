@@ -21,6 +21,7 @@ from hild_xr.recorders.curvature.graph import Graphs
 from hild_xr.recorders.curvature.linear_sites import find_linear_sites
 from hild_xr.recorders.curvature.operators import (
     BlockOperator,
+    ChainHessian,
     NetworkGaussNewton,
     NetworkHessian,
     SecondMoment,
@@ -140,7 +141,18 @@ class Matrices:
         if block.kind == "rows" and name in self._output_curvatures:
             h = self._moments("gmatrix").layer_input(name)
             return WeightedRows(block, h, self._output_curvatures[name], l2)
-        return NetworkHessian(block, self.graphs, l2, *self._source.vectors(block))
+        return self._through_network(block, l2)
+
+    def _through_network(self, block: Block, l2: float) -> BlockOperator:
+        """Return a Hessian block by way of its linear layers alone, or else of the whole network."""
+        dtype, device = self._source.vectors(block)
+        with self.measuring():
+            chain = None
+            if self.graphs.kept is not None and block.kind != "rows":
+                chain = self.graphs.kept.layers.chain(block.parameters)
+        if chain is not None:
+            return ChainHessian(block, self.graphs, l2, dtype, device, chain=chain)
+        return NetworkHessian(block, self.graphs, l2, dtype, device)
 
     def _second_moment(self, block: Block, matrix: str | FisherMC, l2: float) -> BlockOperator:
         moments = self._moments(matrix)
@@ -178,7 +190,7 @@ class Matrices:
 
         def collect(_weight: float, graph: LossGraph) -> None:
             for name in missing:
-                parts[name].append(graph.output_curvature(name))
+                parts[name].append(graph.layers.output_curvature(name))
 
         self.graphs.each(collect)
         self._output_curvatures |= {name: torch.cat(tensors) for name, tensors in parts.items()}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hild_xr.recorders.curvature.blocks import Block
     from hild_xr.recorders.curvature.graph import Graphs, LossGraph
+    from hild_xr.recorders.curvature.linear_chain import LinearChain
     from hild_xr.recorders.curvature.sample_gradients import GradientSampler, SampleGradients
 
 
@@ -98,10 +99,11 @@ class NetworkOperator(BlockOperator):
         of_batches: list[Tensor] = []
 
         def multiply(weight: float, graph: LossGraph) -> None:
-            of_batches.append(weight * self._of_chunks(graph, vectors, rows.tolist()))
+            of_batches.append(self._of_chunks(graph, vectors, rows.tolist()).mul_(weight))
 
         self._graphs.each(multiply)
-        return sum_tensors(of_batches) + self._l2 * vectors
+        products = sum_tensors(of_batches)
+        return products.add_(vectors, alpha=self._l2) if self._l2 else products
 
     def _of_chunks(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
         if self._batchable is None:
@@ -119,7 +121,7 @@ class NetworkOperator(BlockOperator):
                 products.append(self._of_graph(graph, chunk, chunk_rows))
             except RuntimeError:
                 self._batchable = False  # one by one from here on
-        return torch.cat(products)
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def _can_batch(self, graph: LossGraph) -> bool:  # noqa: ARG002 (for the Hessian)
         """Whether a pass may take several vectors, for all that is known before one is tried."""
@@ -156,6 +158,40 @@ class NetworkHessian(NetworkOperator):
 
     def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
         return self._vectors(graph.hessian_products(self.block.parameters, self._parts(vectors, rows)), rows)
+
+
+class ChainHessian(NetworkHessian):
+    """Hessian block of linear layers in a row, which the network is not asked for.
+
+    Parameters
+    ----------
+    block, graphs, l2, dtype, device
+        As for :class:`NetworkOperator`; the graph must be kept.
+    chain
+        The layers.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        graphs: Graphs,
+        l2: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        chain: LinearChain,
+    ) -> None:
+        super().__init__(block, graphs, l2, dtype, device)
+        self._chain = chain
+
+    def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:  # noqa: ARG002
+        products = torch.empty_like(vectors)
+        names = self.block.parameters
+        self._chain.multiply(
+            dict(zip(names, self._parts(vectors, rows), strict=True)),
+            dict(zip(names, self._parts(products, rows), strict=True)),
+        )
+        return products
 
 
 class NetworkGaussNewton(NetworkOperator):

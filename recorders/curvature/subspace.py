@@ -190,14 +190,17 @@ class Subspace:
 
     def residuals(self, ritz: Ritz, n_pairs: int, chunk: int = 1 << 16) -> Tensor:
         """Return the norms of ``A v - lambda v`` of the first Ritz pairs, shape (n, n_pairs)."""
-        coefficients = ritz.coefficients[:, :n_pairs].to(self.vectors)
-        eigenvalues = ritz.eigenvalues[:, :n_pairs, None].to(self.vectors)
-        squares = torch.zeros(coefficients.shape[:2], dtype=torch.float64, device=self.vectors.device)
+        # In units of the matrix, whose numbers may be so small that their squares vanish in float32.
+        unit = torch.where(self.scale > 0, self.scale, 1.0)[:, None]
+        of_products = ritz.coefficients[:, :n_pairs] / unit[..., None]
+        of_vectors = -ritz.eigenvalues[:, :n_pairs, None] * of_products
+        left, right = of_products.to(self.vectors), of_vectors.to(self.vectors)
+        squares = torch.zeros(left.shape[:2], dtype=torch.float64, device=self.vectors.device)
         for start in range(0, self.matrices.size, chunk):
             there = (slice(None), slice(self.filled), slice(start, start + chunk))
-            parts = coefficients @ self.products[there] - eigenvalues * (coefficients @ self.vectors[there])
-            squares += parts.square().sum(-1, dtype=torch.float64)
-        return squares.sqrt().cpu()
+            parts = torch.baddbmm(left @ self.products[there], right, self.vectors[there])
+            squares += torch.linalg.vector_norm(parts, dim=-1).double().square()
+        return squares.sqrt().cpu() * unit
 
     def residual_vectors(self, ritz: Ritz, pairs: Sequence[int]) -> Tensor:
         """Return ``A v - lambda v`` of some Ritz pairs, shape (n, pairs, p)."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hild_xr.recorders.curvature import Curvature, graph, resolve_blocks
-from hild_xr.recorders.curvature.activation_links import find_link
+from hild_xr.recorders.curvature import Curvature, linear_layers, resolve_blocks
+from hild_xr.recorders.curvature.activation_links import ActivationLink, Flow, find_link
 from hild_xr.recorders.curvature.operators import WeightedRows
 from hild_xr.recorders.objective import Objective
 
@@ -23,7 +23,7 @@ def linked(
     z = (x.requires_grad_() @ first).clone()
     h = between(z)
     loss = (h @ second).square().mean()
-    return find_link(loss if extra is None else loss + extra(z, h), z, h) is not None
+    return find_link(Flow(loss if extra is None else loss + extra(z, h)), z, h) is not None
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,7 +42,7 @@ def test_link__is_found_through_an_activation_with_its_derivatives(name: str) ->
     z = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     start = z.clone()
     h = ACTIVATIONS[name](start)
-    link = find_link((h @ torch.ones(5, 2, dtype=torch.float64)).sum(), start, h)
+    link = find_link(Flow((h @ torch.ones(5, 2, dtype=torch.float64)).sum()), start, h)
     assert link is not None
     step = 1e-4
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_link__is_none_where_only_second_derivatives_mix(name: str, shape: tuple
     assert mixes == (name != "next" and shape[0 if name == "over samples" else 1] > 1)
     start = z.requires_grad_().clone()
     h = GATES[name](start)
-    assert (find_link((h @ torch.ones(shape[1], 1).double()).sum(), start, h) is None) == mixes
+    assert (find_link(Flow((h @ torch.ones(shape[1], 1).double()).sum()), start, h) is None) == mixes
 
 
 class Gated(nn.Module):
@@ -119,7 +119,7 @@ def test_rows__behind_a_gate_at_zero_are_those_of_the_dense_matrix(
     model = Gated(GATES[name]).double()
     x = torch.randn(9, 4, dtype=torch.float64)
     objective = Objective(F.cross_entropy, x, torch.arange(9) % 3)
-    monkeypatch.setattr(graph, "_FEW_OUTPUTS", few)
+    monkeypatch.setattr(linear_layers, "_FEW_OUTPUTS", few)
 
     def loss(weight: Tensor) -> Tensor:
         return F.cross_entropy(model.second(model.gate(x @ weight.T)), objective.targets)
@@ -200,16 +200,16 @@ def test_output_curvature__through_links_equals_that_without(
                 f"{label}, trace": spectrum.trace for label, spectrum in found.items()
             }
 
-    monkeypatch.setattr(graph, "_FEW_OUTPUTS", few)
+    monkeypatch.setattr(linear_layers, "_FEW_OUTPUTS", few)
     calls: list[object] = []
 
-    def noted(*args: Tensor) -> object:
-        calls.append(find_link(*args))
-        return calls[-1]
+    def noted(flow: Flow, z: Tensor, h: Tensor) -> ActivationLink | None:
+        calls.append(link := find_link(flow, z, h))
+        return link
 
-    monkeypatch.setattr(graph, "find_link", noted)
+    monkeypatch.setattr(linear_layers, "find_link", noted)
     through = curvatures()
     assert any(link is not None for link in calls) == (name != "norm")
-    monkeypatch.setattr(graph, "find_link", lambda *_: None)
+    monkeypatch.setattr(linear_layers, "find_link", lambda *_: None)
     for label, values in curvatures().items():
         torch.testing.assert_close(through[label], values, rtol=1e-9, atol=1e-12, msg=label)

@@ -16,8 +16,10 @@ from hild_xr.recorders.curvature.blocks import Block, BlockKind, resolve_blocks
 from hild_xr.recorders.curvature.columns import FisherMC
 from hild_xr.recorders.curvature.engine import Curvature, MatrixKind
 from hild_xr.recorders.curvature.graph import LossGraph
+from hild_xr.recorders.curvature.linear_layers import LinearLayers
 from hild_xr.recorders.curvature.operators import (
     BlockOperator,
+    ChainHessian,
     FactoredRowsSecondMoment,
     NetworkGaussNewton,
     NetworkHessian,
@@ -112,7 +114,8 @@ def test_operator__takes_the_path_it_should(get_case: Any) -> None:
     relu, cnn = get_case("mlp-relu"), get_case("cnn")
     assert set(paths(relu, "hessian", "rows")) == {WeightedRows}
     assert paths(cnn, "hessian", "rows") == [NetworkHessian, WeightedRows]
-    assert set(paths(relu, "hessian", "model")) == {NetworkHessian}
+    assert set(paths(relu, "hessian", "model")) == {ChainHessian}
+    assert paths(cnn, "hessian", "model") == [NetworkHessian]
     for matrix in ("gmatrix", "gmatrix_centered"):
         assert set(paths(relu, matrix, "rows")) == {FactoredRowsSecondMoment}
         assert paths(cnn, matrix, "rows") == [RowsSecondMoment, FactoredRowsSecondMoment]
@@ -417,6 +420,7 @@ def test_products_of_several_vectors__rebuild_each_batchs_graph_once(get_case: A
 def test_products_in_one_pass__equal_those_one_by_one(
     case: Any, matrix: MatrixKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(LinearLayers, "chain", lambda *_: None)  # not by way of the layers
     products, passes = [], []
     taken = LossGraph.hessian_products, LossGraph.output_products
 
@@ -445,6 +449,7 @@ def test_products__go_on_one_by_one_after_a_pass_that_torch_could_not_batch(
     get_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, passes, taken = get_case("mlp-tanh"), [], LossGraph.hessian_products
+    monkeypatch.setattr(LinearLayers, "chain", lambda *_: None)
 
     def single(*args: Any) -> Any:
         passes.append(len(args[2][0]))
@@ -494,6 +499,7 @@ def test_products_in_one_pass__of_group_norm_are_right_where_sizes_agree_by_chan
 
 def test_products_in_one_pass__let_other_threads_warn(get_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case, passes, raised = get_case("mlp-tanh"), [], []
+    monkeypatch.setattr(LinearLayers, "chain", lambda *_: None)
     taken = LossGraph.hessian_products
 
     def warn() -> None:

@@ -1,0 +1,207 @@
+"""What the graph of a batch tells of its linear layers: their inputs, and derivatives by their outputs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hild_xr.recorders.curvature.activation_links import ActivationLink, Flow, find_link
+from hild_xr.recorders.curvature.backward import pulled_back
+from hild_xr.recorders.curvature.functional import at_least_float32
+from hild_xr.recorders.curvature.linear_chain import ChainActivation, ChainLayer, LinearChain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hild_xr.recorders.curvature.linear_sites import Call, LinearSite
+
+_FEW_OUTPUTS = 65  # of a layer, whose second derivatives are then held whole
+_FEW_ENOUGH = 16  # to multiply with them faster than by a backward pass
+
+
+class LinearLayers:
+    """Linear layers of a network on a batch, within its graph.
+
+    Parameters
+    ----------
+    sites
+        The layers.
+    calls
+        Input and output of each, by the name of its weight.
+    gradients
+        Derivatives of the mean loss by the outputs, with their graph, by the same names.
+    parameters
+        The network's trainable parameters by their names.
+    loss
+        The mean loss, with its graph.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[LinearSite],
+        calls: Mapping[str, Call],
+        gradients: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        loss: Tensor,
+    ) -> None:
+        self._sites = {site.weight: site for site in sites}
+        self._calls, self._gradients, self._parameters, self._loss = calls, gradients, parameters, loss
+        self._owners = {site.weight: site.weight for site in sites}
+        self._owners |= {site.bias: site.weight for site in sites if site.bias is not None}
+        self._flow: Flow | None = None
+        self._links: dict[str, tuple[str, ActivationLink] | None] = {}
+        self._activations: dict[str, ChainActivation] = {}
+        self._seconds: dict[str, Tensor] = {}
+
+    def outputs(self, weight: str) -> Tensor:
+        """Return the outputs z of a layer in the graph, shape (n, out)."""
+        return self._calls[weight].z
+
+    def inputs(self, weight: str) -> Tensor:
+        """Return the inputs h of a layer, shape (n, in), in float32 at least."""
+        return at_least_float32(self._calls[weight].h.detach())
+
+    def output_gradient(self, weight: str) -> Tensor:
+        """Return the gradient of each sample's loss by the layer's output, shape (n, out)."""
+        return at_least_float32(self._slopes(weight))
+
+    def output_curvature(self, weight: str) -> Tensor:
+        """Return the second derivative of each sample's loss by each single output, shape (n, out).
+
+        One backward pass for each output neuron, all samples at once, since no sample
+        sees another; fewer and shorter ones where only activations lie between this layer and
+        the next (see :mod:`hild_xr.recorders.curvature.activation_links`).
+        """
+        found = self._link(weight)
+        if found is None:
+            z = self.outputs(weight)
+            units = torch.eye(z.shape[1], device=z.device, dtype=z.dtype)
+            return at_least_float32(self._quadratic_forms(weight, units))
+        following, link = found
+        columns = self._parameters[following].detach()
+        forms = self._quadratic_forms(following, columns)
+        return at_least_float32(link.slope**2 * forms + link.bend * (self._slopes(following) @ columns))
+
+    def chain(self, names: Sequence[str]) -> LinearChain | None:
+        """Return the layers in a row that the named parameters are of, and all linked behind them.
+
+        ``None`` if a parameter is none of such a layer's, if no one chain holds all, or if
+        layers compute in another precision than they are given in.
+
+        Parameters
+        ----------
+        names
+            Weights and biases, in any order.
+        """
+        asked = {self._owners.get(name, "") for name in names}
+        if "" in asked:
+            return None
+        row = max((self._following(weight) for weight in asked), key=len)
+        if not asked <= set(row) or not all(map(self._is_plain, row)):
+            return None
+        return LinearChain(
+            [self._chain_layer(weight) for weight in row],
+            [self._chain_activation(weight) for weight in row[:-1]],
+            partial(self._multiplied_behind, row[-1]),
+        )
+
+    def _following(self, weight: str) -> list[str]:
+        """Return a layer and those that follow it in a row."""
+        row = [weight]
+        while (found := self._link(row[-1])) is not None:
+            row.append(found[0])
+        return row
+
+    def _is_plain(self, weight: str) -> bool:
+        """Whether a layer computes in its parameters' own precision, and in enough of it."""
+        tensors = (self._calls[weight].h, self.outputs(weight), self._parameters[weight])
+        return {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
+
+    def _chain_layer(self, weight: str) -> ChainLayer:
+        h, delta = self._calls[weight].h.detach(), self._gradients[weight].detach()
+        return ChainLayer(weight, self._sites[weight].bias, self._parameters[weight].detach(), h, delta)
+
+    def _chain_activation(self, weight: str) -> ChainActivation:
+        """Return the activation behind a layer, made once for all chains."""
+        found = self._link(weight)
+        if weight not in self._activations and found is not None:
+            following, link = found
+            pulled = self._gradients[following].detach() @ self._parameters[following].detach()
+            self._activations[weight] = ChainActivation(link.slope, link.bend * pulled)
+        return self._activations[weight]
+
+    def _multiplied_behind(self, weight: str, directions: Tensor) -> Tensor:
+        """Multiply directions (n, k, out) with the mean loss's second derivative by a layer's outputs."""
+        if directions.shape[2] > _FEW_ENOUGH:
+            products = self._second_derivative_products(weight, directions.transpose(0, 1))
+            return products.transpose(0, 1).contiguous()
+        if weight not in self._seconds:
+            of_means = self._second_derivatives(weight) / len(directions)
+            self._seconds[weight] = of_means.permute(1, 2, 0).contiguous()  # samples last: they are many
+        columns = directions.permute(2, 1, 0).contiguous()
+        products = (self._seconds[weight][:, :, None] * columns).sum(1)
+        return products.permute(2, 1, 0).contiguous()
+
+    def _second_derivative_products(self, weight: str, directions: Tensor) -> Tensor:
+        """Multiply directions (k, n, out) with the mean loss's second derivative by a layer's outputs."""
+        return pulled_back([self._gradients[weight]], [self.outputs(weight)], [directions])[0]
+
+    def _quadratic_forms(self, weight: str, columns: Tensor) -> Tensor:
+        """Return w_c^T H w_c for columns (out, n_columns) and each sample's H by a layer's outputs."""
+        out, size = columns.shape
+        found = self._link(weight)
+        if found is not None and len(self._parameters[found[0]]) < min(out, size, _FEW_OUTPUTS):
+            return self._forms_behind(*found, columns)
+        if out < size:
+            products = self._second_derivatives(weight) @ columns
+            return (products * columns).sum(1)
+        forms = [self._by_outputs(weight, column) @ column for column in columns.T]
+        return torch.stack(forms, dim=1)
+
+    def _forms_behind(self, following: str, link: ActivationLink, columns: Tensor) -> Tensor:
+        """Return the same with H taken apart: through an activation, into a layer of few outputs."""
+        behind = self._parameters[following].detach()
+        bend = link.bend * (self._slopes(following) @ behind)
+        forms = bend @ columns**2
+        second = self._second_derivatives(following)
+        pushed = [link.slope @ (row[:, None] * columns) for row in behind]
+        for i, one in enumerate(pushed):
+            for j, other in enumerate(pushed):
+                forms += second[:, i, j, None] * one * other
+        return forms
+
+    def _second_derivatives(self, weight: str) -> Tensor:
+        """Return each sample's whole second derivative by a layer's outputs, shape (n, out, out)."""
+        z = self.outputs(weight)
+        units = torch.eye(z.shape[1], device=z.device, dtype=z.dtype)
+        return torch.stack([self._by_outputs(weight, unit) for unit in units], dim=1)
+
+    def _by_outputs(self, weight: str, direction: Tensor) -> Tensor:
+        """Return each sample's second derivative by a layer's outputs times a direction (out,)."""
+        z = self.outputs(weight)
+        directions = (len(z) * direction.to(z.dtype)).expand(1, *z.shape)
+        return self._second_derivative_products(weight, directions)[0]
+
+    def _slopes(self, weight: str) -> Tensor:
+        gradient = self._gradients[weight].detach()
+        return gradient * len(gradient)
+
+    def _link(self, weight: str) -> tuple[str, ActivationLink] | None:
+        """Return the layer behind this one, and what lies between, where that is only an activation."""
+        if weight not in self._links:
+            self._links[weight] = self._find_link(weight)
+        return self._links[weight]
+
+    def _find_link(self, weight: str) -> tuple[str, ActivationLink] | None:
+        if self._flow is None:
+            self._flow = Flow(self._loss)
+        z = self.outputs(weight)
+        inputs = {call.h.grad_fn: name for name, call in self._calls.items() if call.h.grad_fn is not None}
+        end = self._flow.meets(z, inputs)
+        if end is None:
+            return None
+        link = find_link(self._flow, z, self._calls[inputs[end]].h)
+        return None if link is None else (inputs[end], link)
