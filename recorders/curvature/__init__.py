@@ -6,10 +6,11 @@ store them, come from the functions :func:`eigenpairs`, :func:`density`, :func:`
 :mod:`hild_xr.recorders.measure` and are only named here.
 
 The layers, each knowing only those before it: ``isolation`` and ``functional`` make a
-model a function that leaves no trace; ``graph``, ``linear_sites`` and
-``sample_gradients`` take derivatives of it; ``likelihood`` and ``columns`` say what each
-matrix is at the outputs; ``operators`` and ``second_moments`` turn that into matrices of
-blocks; ``pairs``, ``subspace`` and ``lanczos`` know matrices only; ``engine`` brings them together.
+model a function that leaves no trace; ``graph``, ``linear_sites``, ``linear_layers`` and
+``sample_gradients`` take derivatives of it, and ``linear_chain`` second ones in closed form;
+``likelihood`` and ``columns`` say what each matrix is at the outputs; ``operators`` and
+``second_moments`` turn that into matrices of blocks; ``pairs``, ``subspace`` and ``lanczos`` know
+matrices only; ``engine`` brings them together.
 """
 
 from __future__ import annotations

@@ -82,7 +82,13 @@ class Curvature:
     Make one for each record and use it as a context: on entering, one forward and
     one first backward pass build a graph that all blocks and both matrices share; on
     leaving it is freed. If the objective has several batches no graph is kept, and
-    each product builds them anew, one batch at a time.
+    each product builds them anew, one batch at a time. Hessian blocks of linear layers in a row,
+    with activations between them, take no pass through the network at all: see
+    :mod:`~hild_xr.recorders.curvature.linear_chain`.
+
+    Memory, besides the basis of a search: about ten times the activations (inputs and outputs of all
+    layers) of one batch; and where there are several batches and linear layers in a row, four times the
+    activations of these layers on all samples, unless that is above ``max_bytes``.
 
     The model is measured in eval mode and found unchanged (see
     :func:`~hild_xr.recorders.curvature.isolation.isolated`). Its parameters must not
@@ -101,8 +107,8 @@ class Curvature:
         Blocks of at most this size are solved as whole matrices.
     max_bytes
         Memory that per-sample gradients may take; the same again for the bases of rows
-        solved at once. A G-matrix that does not fit is multiplied from gradients taken
-        anew, chunk by chunk.
+        solved at once, and for what is known of linear layers on several batches. A G-matrix that
+        does not fit is multiplied from gradients taken anew, chunk by chunk.
 
     Raises
     ------

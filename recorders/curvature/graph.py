@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hild_xr.recorders.curvature.backward import pulled_back
+from hild_xr.recorders.curvature.backward import pulled_back, vectors_at_once
 from hild_xr.recorders.curvature.functional import at_least_float32
 from hild_xr.recorders.curvature.linear_layers import LinearLayers
 from hild_xr.recorders.curvature.linear_sites import LinearSite, recorded_calls
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from hild_xr.recorders.curvature.functional import FunctionalModel, Inputs
     from hild_xr.recorders.curvature.isolation import Measurement
     from hild_xr.recorders.objective import Objective
-
-
-_AT_ONCE_ON_CPU = 2**20  # numbers in the activations of vectors taken at once
-_AT_ONCE_ON_GPU = 2**27
 
 
 class LossGraph:
@@ -169,14 +165,8 @@ class LossGraph:
 
     @property
     def vectors_at_once(self) -> int:
-        """Vectors worth taking in one pass: as many as keep it small, by a guess at the activations.
-
-        On one CPU thread this took 0.2 to 0.7 of the time for a 64-32-10 net on 200 to 1000
-        samples. For larger activations (784-256-256-10 on 2048 samples) it would take up to
-        twice the time, so vectors go one by one there.
-        """
-        affordable = _AT_ONCE_ON_CPU if self.loss.device.type == "cpu" else _AT_ONCE_ON_GPU
-        return max(1, affordable // self._activations)
+        """Vectors worth taking in one pass, by a guess at the activations."""
+        return vectors_at_once(self._activations, self.loss.device)
 
     def output_products(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
         """Return J v, the outputs' derivative along n directions of the named parameters.

@@ -25,14 +25,19 @@ numbers, in memory that is there already: the least work there is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.backward import vectors_at_once
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+_TILE = 2**19
+"""Numbers of a layer at some samples that are taken at once: more gain nothing, and take more memory."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +85,19 @@ class LinearChain:
     Parameters
     ----------
     layers
-        One at least, from the first whose parameters matter.
+        One at least, in their order.
     activations
         Those between them, one less.
     behind
-        Multiplies n directions (M, n, out) at the last layer's outputs with the mean loss's second
-        derivative by them.
+        The mean loss's second derivative by the last layer's outputs: as numbers of shape (out, out, M)
+        if samples do not see each other, else as a function that multiplies n directions (M, n, out).
 
     Examples
     --------
     The mean of (w x)^2 / 2 over two samples has the second derivative mean(x^2):
 
     >>> layer = ChainLayer("w", None, torch.ones(1, 1), torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))
-    >>> chain = LinearChain([layer], [], lambda directions: directions / 2)
+    >>> chain = LinearChain([layer], [], torch.full((1, 1, 2), 0.5))
     >>> product = torch.empty(1, 1, 1)
     >>> chain.multiply({"w": torch.ones(1, 1, 1)}, {"w": product})
     >>> product
@@ -103,10 +108,30 @@ class LinearChain:
         self,
         layers: Sequence[ChainLayer],
         activations: Sequence[ChainActivation],
-        behind: Callable[[Tensor], Tensor],
+        behind: Tensor | Callable[[Tensor], Tensor],
     ) -> None:
-        self._layers, self._activations, self._behind = layers, activations, behind
+        self._layers, self._activations, self._behind = tuple(layers), tuple(activations), behind
         self._space: _Space | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights and biases."""
+        return tuple(name for layer in self._layers for name in (layer.weight, layer.bias) if name)
+
+    @property
+    def vectors_at_once(self) -> int:
+        """Vectors worth multiplying at once; where something unknown lies behind, one."""
+        layer = self._layers[0]
+        activations = len(layer.h) * sum(len(layer.matrix) for layer in self._layers)
+        return 1 if callable(self._behind) else vectors_at_once(activations, layer.h.device)
+
+    def holding(self, names: Collection[str]) -> LinearChain | None:
+        """Return the chain from the first layer that has one of some parameters; ``None`` if it lacks one."""
+        asked = set(names)
+        if not asked <= set(self.names):
+            return None
+        first = next(i for i, layer in enumerate(self._layers) if {layer.weight, layer.bias} & asked)
+        return LinearChain(self._layers[first:], self._activations[first:], self._behind)
 
     def multiply(self, vectors: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> None:
         """Multiply n vectors with the Hessian block of the named parameters.
@@ -121,76 +146,161 @@ class LinearChain:
         n = len(next(iter(vectors.values())))
         if self._space is None or self._space.n != n:
             self._space = None  # what is there goes first
-            self._space = _Space(self._layers, n)
-        self._forwards(vectors, self._space)
-        self._backwards(vectors, products, self._space)
+            self._space = _Space(self._layers, n, whole=callable(self._behind))
+        for start in range(0, len(self._layers[0].h), self._space.samples):
+            tile = _Tile(self._space, slice(start, start + self._space.samples), len(self._layers[0].h))
+            self._forwards(vectors, tile)
+            self._backwards(vectors, products, tile, beta=int(start > 0))
 
-    def _forwards(self, vectors: Mapping[str, Tensor], space: _Space) -> None:
+    def _forwards(self, vectors: Mapping[str, Tensor], tile: _Tile) -> None:
         """Leave R z and R h of all layers."""
         for i, layer in enumerate(self._layers):
-            z, vector = space.z[i], vectors.get(layer.weight)
+            z, vector = tile.z[i], vectors.get(layer.weight)
             if vector is None:
                 z.zero_()
             else:
-                torch.mm(layer.h, vector.flatten(0, 1).T, out=z.flatten(1))
+                torch.mm(layer.h[tile.there], vector.flatten(0, 1).T, out=z.flatten(1))
             if i:
-                torch.mul(space.z[i - 1], self._activations[i - 1].slope[:, None], out=space.h[i - 1])
-                z.flatten(0, 1).addmm_(space.h[i - 1].flatten(0, 1), layer.matrix.T)
+                slope = self._activations[i - 1].slope[tile.there, None]
+                torch.mul(tile.z[i - 1], slope, out=tile.h[i - 1])
+                z.flatten(0, 1).addmm_(tile.h[i - 1].flatten(0, 1), layer.matrix.T)
             if layer.bias is not None and layer.bias in vectors:
                 z += vectors[layer.bias]
 
     def _backwards(
-        self, vectors: Mapping[str, Tensor], products: Mapping[str, Tensor], space: _Space
+        self, vectors: Mapping[str, Tensor], products: Mapping[str, Tensor], tile: _Tile, beta: int
     ) -> None:
-        """Take R delta from the last layer to the first, and the products on the way."""
-        along = self._behind(space.z[-1])
+        """Take R delta from the last layer to the first; add to beta times the products on the way."""
+        along = self._multiplied_behind(tile)
         for i, layer in reversed(list(enumerate(self._layers))):
-            vector = vectors.get(layer.weight)
+            vector, delta = vectors.get(layer.weight), layer.delta[tile.there]
             if layer.bias is not None and layer.bias in products:
-                torch.sum(along, 0, out=products[layer.bias])
+                _add_sum(products[layer.bias], along, beta)
             if vector is not None:
-                _set_outer(products[layer.weight], along, layer.h)
+                _add_outer(products[layer.weight], along, layer.h[tile.there, None], beta)
                 if i:
-                    _add_outer(products[layer.weight], layer.delta, space.h[i - 1])
+                    _add_outer(products[layer.weight], delta[:, None], tile.h[i - 1], 1)
             if i:
-                pulled = space.pulled(i - 1)
+                pulled, activation = tile.pulled(i - 1), self._activations[i - 1]
                 torch.mm(along.flatten(0, 1), layer.matrix, out=pulled.flatten(0, 1))
                 if vector is not None:
-                    pulled.flatten(1).addmm_(layer.delta, vector.transpose(0, 1).flatten(1))
-                activation = self._activations[i - 1]
-                along = space.z[i - 1].mul_(activation.bend[:, None])
-                along.addcmul_(activation.slope[:, None], pulled)
+                    pulled.flatten(1).addmm_(delta, vector.transpose(0, 1).flatten(1))
+                along = tile.z[i - 1].mul_(activation.bend[tile.there, None])
+                along.addcmul_(activation.slope[tile.there, None], pulled)
+
+    def _multiplied_behind(self, tile: _Tile) -> Tensor:
+        """Return R delta of the last layer, shape (m, n, out)."""
+        if callable(self._behind):
+            return self._behind(tile.z[-1]).contiguous()
+        # samples last: they are many, and there is one processor instruction for several
+        columns = tile.z[-1].permute(2, 1, 0).contiguous()
+        products = (self._behind[:, :, None, tile.there] * columns).sum(1)
+        return products.permute(2, 1, 0).contiguous()
 
 
 class _Space:
     """The numbers that change from product to product, in one place for all of them.
 
     Memory that is handed back and asked for anew comes in pages of zeros, which took a fifth of the time.
-    All have the shape (M, n, d), so that n vectors share one matrix product.
+    All have the shape (m, n, d) of m samples, so that n vectors share one matrix product.
     """
 
-    def __init__(self, layers: Sequence[ChainLayer], n: int) -> None:
-        self.n, like = n, layers[0].h
-        self.z = [like.new_empty(len(like), n, len(layer.matrix)) for layer in layers]
+    def __init__(self, layers: Sequence[ChainLayer], n: int, *, whole: bool) -> None:
+        like, widths = layers[0].h, [len(layer.matrix) for layer in layers]
+        self.n = n
+        self.samples = len(like) if whole else min(len(like), max(_TILE // (n * max(widths)), 256))
+        self.z = [like.new_empty(self.samples, n, width) for width in widths]
         self.h = [torch.empty_like(z) for z in self.z[:-1]]
-        self._pulled = like.new_empty(max((z.numel() for z in self.h), default=0))
+        self.pulled = like.new_empty(max((z.numel() for z in self.h), default=0))
+
+
+class _Tile:
+    """The same for some of the samples, of which the last may be fewer."""
+
+    def __init__(self, space: _Space, there: slice, total: int) -> None:
+        self.there, m = there, min(there.stop, total) - there.start
+        self.z, self.h = [z[:m] for z in space.z], [h[:m] for h in space.h]
+        self._pulled = space.pulled
 
     def pulled(self, i: int) -> Tensor:
         """Return room for derivatives by the outputs of an activation."""
         return self._pulled[: self.h[i].numel()].view(self.h[i].shape)
 
 
-def _set_outer(product: Tensor, along: Tensor, h: Tensor) -> None:
-    """Set products (n, out, in) to the sums over samples of along (M, n, out) times h (M, in)."""
-    if len(product) == 1:
-        torch.mm(along[:, 0].T, h, out=product[0])
+def _add_sum(product: Tensor, along: Tensor, beta: int) -> None:
+    """Set products (n, out) to beta times themselves and the sums over samples of along (m, n, out)."""
+    if beta:
+        product += along.sum(0)
     else:
-        product.copy_((along.flatten(1).T @ h).view(product.shape))
+        torch.sum(along, 0, out=product)
 
 
-def _add_outer(product: Tensor, delta: Tensor, h: Tensor) -> None:
-    """Add the sums over samples of delta (M, out) times h (M, n, in) to products (n, out, in)."""
+def _add_outer(product: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """Set products (n, out, in) to beta times themselves and the sums over samples of outer products.
+
+    ``left`` has shape (m, n, out) and ``right`` (m, n, in); one of the two n may be 1 for n.
+    """
     if len(product) == 1:
-        product[0].addmm_(delta.T, h[:, 0])
-    else:
-        product += (delta.T @ h.flatten(1)).unflatten(1, h.shape[1:]).transpose(0, 1)
+        product[0].addmm_(left[:, 0].T, right[:, 0], beta=beta)
+        return
+    outer = left.flatten(1).T @ right.flatten(1)
+    outer = outer.view(left.shape[1], left.shape[2], right.shape[1], right.shape[2])
+    summed = outer[:, :, 0] if right.shape[1] == 1 else outer[0].transpose(0, 1)
+    product.copy_(summed) if beta == 0 else product.add_(summed)
+
+
+class ChainsOfBatches:
+    """The chains of several batches made one, batch by batch, in memory that is there from the start.
+
+    Parameters
+    ----------
+    samples
+        Number of samples of all batches.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._samples, self._filled = samples, 0
+        self._chains: dict[tuple[str, ...], LinearChain] | None = None
+
+    @property
+    def chains(self) -> list[LinearChain]:
+        """Chains that all batches have, and of which all is held as numbers."""
+        return list((self._chains or {}).values())
+
+    def add(self, weight: float, samples: int, chains: Iterable[LinearChain]) -> None:
+        """Take the chains of the next batch of some samples, whose mean loss has a weight in the whole."""
+        if samples == self._samples:
+            self._chains = {chain.names: chain for chain in chains}
+            return
+        held = {chain.names: chain for chain in chains if isinstance(chain._behind, Tensor)}
+        if self._chains is None:
+            self._chains = {names: self._room_for(chain) for names, chain in held.items()}
+        self._chains = {names: chain for names, chain in self._chains.items() if names in held}
+        for names, chain in self._chains.items():
+            for (whole, dim, weighted), (part, _, _) in zip(_parts(chain), _parts(held[names]), strict=True):
+                there = whole.narrow(dim, self._filled, samples)
+                torch.mul(part, weight if weighted else 1, out=there)
+        self._filled += samples
+
+    def _room_for(self, chain: LinearChain) -> LinearChain:
+        """Return the same chain with empty tensors for all samples."""
+
+        def empty(tensor: Tensor, dim: int = 0) -> Tensor:
+            return tensor.new_empty(*tensor.shape[:dim], self._samples, *tensor.shape[dim + 1 :])
+
+        layers = [replace(layer, h=empty(layer.h), delta=empty(layer.delta)) for layer in chain._layers]
+        activations = [ChainActivation(empty(one.slope), empty(one.bend)) for one in chain._activations]
+        assert isinstance(chain._behind, Tensor)
+        return LinearChain(layers, activations, empty(chain._behind, 2))
+
+
+def _parts(chain: LinearChain) -> Iterator[tuple[Tensor, int, bool]]:
+    """Yield all that is held of samples, the dim of samples, and whether the batch's weight is in it."""
+    for layer in chain._layers:
+        yield layer.h, 0, False
+        yield layer.delta, 0, True
+    for activation in chain._activations:
+        yield activation.slope, 0, False
+        yield activation.bend, 0, True
+    if isinstance(chain._behind, Tensor):
+        yield chain._behind, 2, True

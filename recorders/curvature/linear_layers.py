@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.activation_links import ActivationLink, Flow, find_link
+from hild_xr.recorders.curvature.activation_links import Flow, find_link
 from hild_xr.recorders.curvature.backward import pulled_back
 from hild_xr.recorders.curvature.functional import at_least_float32
 from hild_xr.recorders.curvature.linear_chain import ChainActivation, ChainLayer, LinearChain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from hild_xr.recorders.curvature.linear_sites import Call, LinearSite
 
 _FEW_OUTPUTS = 65  # of a layer, whose second derivatives are then held whole
-_FEW_ENOUGH = 16  # to multiply with them faster than by a backward pass
+_FEW_ENOUGH = 16  # to hold them for chains, and multiply faster than by a backward pass
 
 
 class LinearLayers:
@@ -52,9 +51,7 @@ class LinearLayers:
         self._owners = {site.weight: site.weight for site in sites}
         self._owners |= {site.bias: site.weight for site in sites if site.bias is not None}
         self._flow: Flow | None = None
-        self._links: dict[str, tuple[str, ActivationLink] | None] = {}
-        self._activations: dict[str, ChainActivation] = {}
-        self._seconds: dict[str, Tensor] = {}
+        self._links: dict[str, tuple[str, ChainActivation] | None] = {}
 
     def outputs(self, weight: str) -> Tensor:
         """Return the outputs z of a layer in the graph, shape (n, out)."""
@@ -81,32 +78,50 @@ class LinearLayers:
             units = torch.eye(z.shape[1], device=z.device, dtype=z.dtype)
             return at_least_float32(self._quadratic_forms(weight, units))
         following, link = found
-        columns = self._parameters[following].detach()
-        forms = self._quadratic_forms(following, columns)
-        return at_least_float32(link.slope**2 * forms + link.bend * (self._slopes(following) @ columns))
+        forms = self._quadratic_forms(following, self._parameters[following].detach())
+        return at_least_float32(link.slope**2 * forms + link.bend * len(link.bend))
 
-    def chain(self, names: Sequence[str]) -> LinearChain | None:
-        """Return the layers in a row that the named parameters are of, and all linked behind them.
+    def chains(self, names: Sequence[str]) -> list[LinearChain]:
+        """Return the layers in a row that some parameters are of, with all linked behind them.
 
-        ``None`` if a parameter is none of such a layer's, if no one chain holds all, or if
-        layers compute in another precision than they are given in.
+        One chain for each row that is no part of another. None where a parameter is of no such
+        layer, or where a layer computes in another precision than it is given in.
 
         Parameters
         ----------
         names
             Weights and biases, in any order.
         """
-        asked = {self._owners.get(name, "") for name in names}
-        if "" in asked:
-            return None
-        row = max((self._following(weight) for weight in asked), key=len)
-        if not asked <= set(row) or not all(map(self._is_plain, row)):
-            return None
-        return LinearChain(
-            [self._chain_layer(weight) for weight in row],
-            [self._chain_activation(weight) for weight in row[:-1]],
-            partial(self._multiplied_behind, row[-1]),
-        )
+        asked = dict.fromkeys(self._owners[name] for name in names if name in self._owners)
+        rows = [self._following(weight) for weight in asked]
+        whole = [row for row in rows if not any(row[0] in other[1:] for other in rows)]
+        return [self._chain(row) for row in whole if all(map(self._is_plain, row))]
+
+    def _chain(self, row: Sequence[str]) -> LinearChain:
+        layers = [
+            ChainLayer(
+                weight,
+                self._sites[weight].bias,
+                self._parameters[weight].detach(),
+                self._calls[weight].h.detach(),
+                self._gradients[weight].detach(),
+            )
+            for weight in row
+        ]
+        links = [self._link(weight) for weight in row[:-1]]
+        return LinearChain(layers, [link[1] for link in links if link is not None], self._behind(row[-1]))
+
+    def _behind(self, weight: str) -> Tensor | Callable[[Tensor], Tensor]:
+        """Return the mean loss's second derivative by a layer's outputs, as a chain wants it."""
+        if self.outputs(weight).shape[1] <= _FEW_ENOUGH:
+            return (
+                (self._second_derivatives(weight) / len(self.outputs(weight))).permute(1, 2, 0).contiguous()
+            )
+
+        def multiply(directions: Tensor) -> Tensor:
+            return self._second_derivative_products(weight, directions.transpose(0, 1)).transpose(0, 1)
+
+        return multiply
 
     def _following(self, weight: str) -> list[str]:
         """Return a layer and those that follow it in a row."""
@@ -119,31 +134,6 @@ class LinearLayers:
         """Whether a layer computes in its parameters' own precision, and in enough of it."""
         tensors = (self._calls[weight].h, self.outputs(weight), self._parameters[weight])
         return {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
-
-    def _chain_layer(self, weight: str) -> ChainLayer:
-        h, delta = self._calls[weight].h.detach(), self._gradients[weight].detach()
-        return ChainLayer(weight, self._sites[weight].bias, self._parameters[weight].detach(), h, delta)
-
-    def _chain_activation(self, weight: str) -> ChainActivation:
-        """Return the activation behind a layer, made once for all chains."""
-        found = self._link(weight)
-        if weight not in self._activations and found is not None:
-            following, link = found
-            pulled = self._gradients[following].detach() @ self._parameters[following].detach()
-            self._activations[weight] = ChainActivation(link.slope, link.bend * pulled)
-        return self._activations[weight]
-
-    def _multiplied_behind(self, weight: str, directions: Tensor) -> Tensor:
-        """Multiply directions (n, k, out) with the mean loss's second derivative by a layer's outputs."""
-        if directions.shape[2] > _FEW_ENOUGH:
-            products = self._second_derivative_products(weight, directions.transpose(0, 1))
-            return products.transpose(0, 1).contiguous()
-        if weight not in self._seconds:
-            of_means = self._second_derivatives(weight) / len(directions)
-            self._seconds[weight] = of_means.permute(1, 2, 0).contiguous()  # samples last: they are many
-        columns = directions.permute(2, 1, 0).contiguous()
-        products = (self._seconds[weight][:, :, None] * columns).sum(1)
-        return products.permute(2, 1, 0).contiguous()
 
     def _second_derivative_products(self, weight: str, directions: Tensor) -> Tensor:
         """Multiply directions (k, n, out) with the mean loss's second derivative by a layer's outputs."""
@@ -161,11 +151,10 @@ class LinearLayers:
         forms = [self._by_outputs(weight, column) @ column for column in columns.T]
         return torch.stack(forms, dim=1)
 
-    def _forms_behind(self, following: str, link: ActivationLink, columns: Tensor) -> Tensor:
+    def _forms_behind(self, following: str, link: ChainActivation, columns: Tensor) -> Tensor:
         """Return the same with H taken apart: through an activation, into a layer of few outputs."""
         behind = self._parameters[following].detach()
-        bend = link.bend * (self._slopes(following) @ behind)
-        forms = bend @ columns**2
+        forms = (link.bend * len(link.bend)) @ columns**2
         second = self._second_derivatives(following)
         pushed = [link.slope @ (row[:, None] * columns) for row in behind]
         for i, one in enumerate(pushed):
@@ -189,13 +178,13 @@ class LinearLayers:
         gradient = self._gradients[weight].detach()
         return gradient * len(gradient)
 
-    def _link(self, weight: str) -> tuple[str, ActivationLink] | None:
+    def _link(self, weight: str) -> tuple[str, ChainActivation] | None:
         """Return the layer behind this one, and what lies between, where that is only an activation."""
         if weight not in self._links:
             self._links[weight] = self._find_link(weight)
         return self._links[weight]
 
-    def _find_link(self, weight: str) -> tuple[str, ActivationLink] | None:
+    def _find_link(self, weight: str) -> tuple[str, ChainActivation] | None:
         if self._flow is None:
             self._flow = Flow(self._loss)
         z = self.outputs(weight)
@@ -203,5 +192,9 @@ class LinearLayers:
         end = self._flow.meets(z, inputs)
         if end is None:
             return None
-        link = find_link(self._flow, z, self._calls[inputs[end]].h)
-        return None if link is None else (inputs[end], link)
+        following = inputs[end]
+        link = find_link(self._flow, z, self._calls[following].h)
+        if link is None:
+            return None
+        pulled = self._gradients[following].detach() @ self._parameters[following].detach()
+        return following, ChainActivation(link.slope, link.bend * pulled)

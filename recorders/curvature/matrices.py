@@ -18,6 +18,7 @@ from hild_xr.recorders.curvature.cross_operators import (
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
 from hild_xr.recorders.curvature.functional import FunctionalModel
 from hild_xr.recorders.curvature.graph import Graphs
+from hild_xr.recorders.curvature.linear_chain import ChainsOfBatches
 from hild_xr.recorders.curvature.linear_sites import find_linear_sites
 from hild_xr.recorders.curvature.operators import (
     BlockOperator,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hild_xr.recorders.curvature.columns import Columns
     from hild_xr.recorders.curvature.graph import LossGraph
     from hild_xr.recorders.curvature.isolation import Measurement
+    from hild_xr.recorders.curvature.linear_chain import LinearChain
     from hild_xr.recorders.objective import Objective
 
 _ROOT_UP_TO = 64  # components of an output up to which the Gauss-Newton matrix is held as a second moment
@@ -63,7 +65,7 @@ class Matrices:
     measuring
         Isolates the model during a pass; entered by the caller while this is made.
     max_bytes
-        Memory that per-sample gradients may take.
+        Memory that per-sample gradients may take, and what is known of linear layers on several batches.
 
     Attributes
     ----------
@@ -99,6 +101,7 @@ class Matrices:
         self._source = Source(self.network, len(objective), self.graphs, sampler, self._sites, max_bytes)
         self._second_moments: dict[str | FisherMC, SecondMoments] = {}
         self._output_curvatures: dict[str, Tensor] = {}
+        self._chains: list[LinearChain] = []
         self.loss = self._value()
 
     def operators(
@@ -117,6 +120,7 @@ class Matrices:
         """
         if matrix == "hessian":
             self._prepare_output_curvatures([block for block in blocks if block.kind == "rows"])
+            self._prepare_chains([block for block in blocks if block.kind != "rows"])
             return (self._hessian(block, l2) for block in blocks)
         with self.measuring():
             self._moments(matrix).prepare(blocks)
@@ -146,12 +150,10 @@ class Matrices:
     def _through_network(self, block: Block, l2: float) -> BlockOperator:
         """Return a Hessian block by way of its linear layers alone, or else of the whole network."""
         dtype, device = self._source.vectors(block)
-        with self.measuring():
-            chain = None
-            if self.graphs.kept is not None and block.kind != "rows":
-                chain = self.graphs.kept.layers.chain(block.parameters)
-        if chain is not None:
-            return ChainHessian(block, self.graphs, l2, dtype, device, chain=chain)
+        for chain in self._chains if block.kind != "rows" else ():
+            part = chain.holding(block.parameters)
+            if part is not None:
+                return ChainHessian(block, part, l2, dtype, device)
         return NetworkHessian(block, self.graphs, l2, dtype, device)
 
     def _second_moment(self, block: Block, matrix: str | FisherMC, l2: float) -> BlockOperator:
@@ -194,6 +196,26 @@ class Matrices:
 
         self.graphs.each(collect)
         self._output_curvatures |= {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+    def _prepare_chains(self, blocks: Sequence[Block]) -> None:
+        """Take what is known of the linear layers of some blocks, of all batches if it fits the memory."""
+        known = {name for chain in self._chains for name in chain.names}
+        missing = sorted({name for block in blocks for name in block.parameters} - known)
+        if not missing or (self.graphs.kept is None and self._chain_bytes() > self._source.max_bytes):
+            return
+        found = ChainsOfBatches(len(self._objective))
+
+        def collect(weight: float, graph: LossGraph) -> None:
+            found.add(weight, graph.n_samples, graph.layers.chains(missing))
+
+        self.graphs.each(collect)
+        self._chains += found.chains
+
+    def _chain_bytes(self) -> int:
+        """Return an upper bound for what chains of all samples hold."""
+        shapes = [self.network.trainable[name].shape for name in self._sites]
+        numbers = sum(width_in + 3 * width_out for width_out, width_in in shapes)
+        return numbers * len(self._objective) * 8
 
     def _value(self) -> float:
         if self.graphs.kept is not None:

@@ -102,7 +102,7 @@ class NetworkOperator(BlockOperator):
             of_batches.append(self._of_chunks(graph, vectors, rows.tolist()).mul_(weight))
 
         self._graphs.each(multiply)
-        products = sum_tensors(of_batches)
+        products = sum_tensors(of_batches).to(vectors.dtype)
         return products.add_(vectors, alpha=self._l2) if self._l2 else products
 
     def _of_chunks(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
@@ -136,8 +136,7 @@ class NetworkOperator(BlockOperator):
             part = torch.zeros(len(rows), *self.block.shapes[0], dtype=self.dtype, device=self.device)
             part[torch.arange(len(rows)), rows] = vectors.reshape(len(rows), *self.block.vector_shape)
             return [part]
-        pieces = torch.split(vectors, list(self.block.sizes), dim=1)
-        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.block.shapes, strict=True)]
+        return _parameter_parts(self.block, vectors)
 
     def _vectors(self, parts: list[Tensor], rows: list[int]) -> Tensor:
         if self.block.kind == "rows":
@@ -160,38 +159,38 @@ class NetworkHessian(NetworkOperator):
         return self._vectors(graph.hessian_products(self.block.parameters, self._parts(vectors, rows)), rows)
 
 
-class ChainHessian(NetworkHessian):
+class ChainHessian(BlockOperator):
     """Hessian block of linear layers in a row, which the network is not asked for.
 
     Parameters
     ----------
-    block, graphs, l2, dtype, device
-        As for :class:`NetworkOperator`; the graph must be kept.
+    block
+        A block of whole parameters.
     chain
         The layers.
+    l2
+        Added to the diagonal.
+    dtype, device
+        Of the vectors.
     """
 
     def __init__(
-        self,
-        block: Block,
-        graphs: Graphs,
-        l2: float,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        chain: LinearChain,
+        self, block: Block, chain: LinearChain, l2: float, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__(block, graphs, l2, dtype, device)
-        self._chain = chain
+        super().__init__(block, dtype, device)
+        self._chain, self._l2 = chain, l2
 
-    def _of_graph(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:  # noqa: ARG002
-        products = torch.empty_like(vectors)
-        names = self.block.parameters
-        self._chain.multiply(
-            dict(zip(names, self._parts(vectors, rows), strict=True)),
-            dict(zip(names, self._parts(products, rows), strict=True)),
-        )
-        return products
+    def product(self, vectors: Tensor, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
+        """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
+        products, names = torch.empty_like(vectors), self.block.parameters
+        at_once = self._chain.vectors_at_once
+        for start in range(0, len(vectors), at_once):
+            there = slice(start, start + at_once)
+            self._chain.multiply(
+                dict(zip(names, _parameter_parts(self.block, vectors[there]), strict=True)),
+                dict(zip(names, _parameter_parts(self.block, products[there]), strict=True)),
+            )
+        return products.add_(vectors, alpha=self._l2) if self._l2 else products
 
 
 class NetworkGaussNewton(NetworkOperator):
@@ -559,6 +558,12 @@ def split(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """
     parts = torch.split(vector, [torch.Size(shape).numel() for shape in shapes])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _parameter_parts(block: Block, vectors: Tensor) -> list[Tensor]:
+    """Return views of vectors (n, p) of the shapes of the block's parameters, (n, *parameter)."""
+    pieces = torch.split(vectors, list(block.sizes), dim=1)
+    return [piece.unflatten(1, shape) for piece, shape in zip(pieces, block.shapes, strict=True)]
 
 
 def sum_tensors(tensors: Iterable[Tensor]) -> Tensor:

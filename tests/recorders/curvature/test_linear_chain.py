@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hild_xr.recorders.curvature import Curvature, linear_layers, resolve_blocks
+from hild_xr.recorders.curvature import Curvature, linear_chain, linear_layers, resolve_blocks
 from hild_xr.recorders.curvature.activation_links import find_link
 from hild_xr.recorders.curvature.graph import LossGraph
 from hild_xr.recorders.curvature.linear_chain import ChainActivation, ChainLayer, LinearChain
@@ -27,9 +27,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_multiply__is_the_dense_hessian_of_two_layers(n: int) -> None:
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("tile", [1, 2**19])
+def test_multiply__is_the_dense_hessian_of_two_layers(
+    n: int, held: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chain written down by hand, of a loss with a Hessian that is not diagonal over classes."""
-    x, w, b, v = randn(5, 3), randn(4, 3, seed=1), randn(4, seed=2), randn(2, 4, seed=3)
+    monkeypatch.setattr(linear_chain, "_TILE", tile)
+    x, w, b, v = randn(600, 3), randn(4, 3, seed=1), randn(4, seed=2), randn(2, 4, seed=3)
 
     def loss(flat: Tensor) -> Tensor:
         first, bias, second = flat.split([12, 4, 8])
@@ -40,10 +45,11 @@ def test_multiply__is_the_dense_hessian_of_two_layers(n: int) -> None:
     h = torch.sigmoid(x @ w.T + b)
     p = torch.softmax(h @ v.T, 1)
     slope = h * (1 - h)
+    behind = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).permute(1, 2, 0)
     chain = LinearChain(
         [ChainLayer("w", "b", w, x, slope * (p @ v)), ChainLayer("v", None, v, h, p)],
         [ChainActivation(slope, slope * (1 - 2 * h) * (p @ v))],
-        lambda d: p[:, None] * (d - (p[:, None] * d).sum(2, keepdim=True)),
+        behind if held else (lambda d: torch.einsum("ijm,mnj->mni", behind, d)),
     )
     vectors = {"w": randn(n, 4, 3, seed=4), "b": randn(n, 4, seed=5), "v": randn(n, 2, 4, seed=6)}
     products = {name: torch.full_like(vector, torch.nan) for name, vector in vectors.items()}
@@ -81,6 +87,18 @@ class Heads(nn.Module):
         return outputs
 
 
+class Gate(nn.Module):
+    """The activations of two layers multiply, and a third reads the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return outputs
+
+
 class Tied(nn.Module):
     """The second layer's weight is that of the first."""
 
@@ -115,6 +133,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "heads": Heads,
     "tied": Tied,
+    "gate": Gate,
     "frozen": lambda: frozen(sequence(4, 6, 5, 3, activation=nn.Tanh), "0.weight", "2.bias"),
 }
 
@@ -170,6 +189,7 @@ THROUGH_NETWORK = {
     "norm between": {"model", "0+4"},
     "residual": {"model", "0+4"},
     "heads": {"model", "0+4"},
+    "gate": {"model"},
     "tied": {"first.weight", "first.bias", "second.bias", "model", "0+4"},
     "frozen": {"0.bias", "model", "0+4"},
 }
@@ -208,8 +228,8 @@ def test_hessian__behind_the_last_layer_is_held_or_multiplied(
     with Curvature(model, objective) as curvature:
         (operator,) = curvature.operators(resolve_blocks(model, "model"))
         check(operator, dense(model, objective, operator.block.parameters))
-    # a pass for each of three classes, or for each of the products
-    assert passes == ([1, 1, 1] if few else [1, 3, 1])
+    # a pass for each of three classes, or for each of five products
+    assert passes == [1] * (3 if few else 5)
 
 
 def test_hessian__of_a_chain_asks_the_network_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,13 +268,43 @@ def test_hessian__in_half_precision_goes_through_the_network(dtype: torch.dtype)
         assert type(operator) is (ChainHessian if dtype == torch.float32 else NetworkHessian)
 
 
-def test_hessian__of_several_batches_goes_through_the_network() -> None:
-    model, objective = network("tanh")
-    batched = Objective(F.cross_entropy, objective.inputs, objective.targets, batch_size=4, l2=objective.l2)
-    with Curvature(model, batched) as curvature:
-        (operator,) = curvature.operators(resolve_blocks(model, "model"))
-        assert type(operator) is NetworkHessian
-        check(operator, dense(model, batched, operator.block.parameters))
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_hessian__of_several_batches_equals_the_dense_matrix(name: str, batch_size: int) -> None:
+    """Nine samples: the last batch is smaller, and weighs less."""
+    model, whole = network(name)
+    objective = Objective(F.cross_entropy, whole.inputs, whole.targets, batch_size=batch_size, l2=whole.l2)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    with Curvature(model, objective) as curvature:
+        blocks = resolve_blocks(model, {"model": names, names[0]: names[:1], names[-1]: names[-1:]})
+        for operator in curvature.operators(blocks):
+            check(operator, dense(model, objective, operator.block.parameters))
+            # of many classes the second derivatives are not held, so that there is nothing to join
+            through_network = name == "many classes" or operator.block.label in THROUGH_NETWORK.get(
+                name, set()
+            )
+            assert type(operator) is (NetworkHessian if through_network else ChainHessian)
+
+
+@pytest.mark.parametrize(("max_bytes", "graphs"), [(2**30, 3), (1000, 3 * 2 * 3)])
+def test_several_batches__are_passed_once_for_all_products_if_that_fits_the_memory(
+    max_bytes: int, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, whole = network("tanh")
+    objective = Objective(F.cross_entropy, whole.inputs, whole.targets, batch_size=4)
+    built: list[int] = []
+    made = LossGraph.__init__
+
+    def counted(self: LossGraph, *args: Any) -> None:
+        built.append(1)
+        made(self, *args)
+
+    with Curvature(model, objective, max_bytes=max_bytes) as curvature:
+        monkeypatch.setattr(LossGraph, "__init__", counted)
+        for operator in curvature.operators(resolve_blocks(model, "layer", ["0.weight", "4.weight"])):
+            check(operator, dense(model, objective, operator.block.parameters))
+    # of three batches: once, or for each of three products of two blocks
+    assert len(built) == graphs
 
 
 def test_products__of_vectors_in_other_numbers_do_not_mix() -> None:
@@ -288,10 +338,8 @@ def test_hessian__of_any_chain_equals_that_through_the_network(
         for operator in curvature.operators(resolve_blocks(model, {"all": ["*"]})):
             assert type(operator) is ChainHessian
             vectors = randn(2, operator.size, seed=2)
-            parts = operator._parts(vectors, [0, 0])
-            matrices = curvature._entered()
-            assert matrices.graphs.kept is not None
-            exact = matrices.graphs.kept.hessian_products(operator.block.parameters, parts)
             found = operator.product(vectors, torch.zeros(2, dtype=torch.long))
-            expected = torch.cat([part.flatten(1) for part in exact], 1)
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+            graphs = curvature._entered().graphs
+            expected = NetworkHessian(operator.block, graphs, 0.0, torch.float64, torch.device("cpu"))
+            exact = expected.product(vectors, torch.zeros(2, dtype=torch.long))
+            torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)

@@ -54,3 +54,35 @@ def test_peak__is_the_basis_and_a_few_vectors_more() -> None:
     assert grown < 4 * size * vectors + 100e6, "more copies of the parameters than documented"
     if size > 2e7:
         assert peak < 4e9
+
+
+BATCHES = """
+import resource
+import torch
+from torch import nn
+from hild_xr.recorders.curvature import Curvature
+from hild_xr.recorders.objective import Objective
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+samples, width, depth = 60_000, 64, 4
+layers = [module for _ in range(depth) for module in (nn.Linear(width, width), nn.Tanh())]
+model = nn.Sequential(*layers, nn.Linear(width, 10))
+inputs, targets = torch.randn(samples, width), torch.randint(10, (samples,))
+loss = nn.functional.cross_entropy
+with Curvature(model, Objective(loss, inputs[:64], targets[:64])) as curvature:
+    curvature.eigenpairs(1, "hessian", "model", max_matvec=8)  # what the first use loads does not count
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with Curvature(model, Objective(loss, inputs, targets, batch_size=2000)) as curvature:
+    curvature.eigenpairs(1, "hessian", "model", max_matvec=8)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(1024 * (peak - before), 4 * samples * width * (depth + 1))
+"""
+
+
+def test_peak__of_several_batches_is_four_copies_of_the_activations() -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", BATCHES], check=True, capture_output=True, text=True
+    ).stdout
+    grown, activations = map(float, output.split())
+    assert grown < 4.5 * activations + 40e6, "more copies of the activations than documented"

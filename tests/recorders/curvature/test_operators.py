@@ -420,7 +420,7 @@ def test_products_of_several_vectors__rebuild_each_batchs_graph_once(get_case: A
 def test_products_in_one_pass__equal_those_one_by_one(
     case: Any, matrix: MatrixKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LinearLayers, "chain", lambda *_: None)  # not by way of the layers
+    monkeypatch.setattr(LinearLayers, "chains", lambda *_: [])  # not by way of the layers
     products, passes = [], []
     taken = LossGraph.hessian_products, LossGraph.output_products
 
@@ -449,7 +449,7 @@ def test_products__go_on_one_by_one_after_a_pass_that_torch_could_not_batch(
     get_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, passes, taken = get_case("mlp-tanh"), [], LossGraph.hessian_products
-    monkeypatch.setattr(LinearLayers, "chain", lambda *_: None)
+    monkeypatch.setattr(LinearLayers, "chains", lambda *_: [])
 
     def single(*args: Any) -> Any:
         passes.append(len(args[2][0]))
@@ -499,7 +499,7 @@ def test_products_in_one_pass__of_group_norm_are_right_where_sizes_agree_by_chan
 
 def test_products_in_one_pass__let_other_threads_warn(get_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case, passes, raised = get_case("mlp-tanh"), [], []
-    monkeypatch.setattr(LinearLayers, "chain", lambda *_: None)
+    monkeypatch.setattr(LinearLayers, "chains", lambda *_: [])
     taken = LossGraph.hessian_products
 
     def warn() -> None:
