@@ -28,6 +28,7 @@ from hild_xr.recorders.curvature.isolation import Measurement, unwrapped
 from hild_xr.recorders.curvature.matrices import Matrices
 from hild_xr.recorders.curvature.operators import BlockOperator
 from hild_xr.recorders.curvature.pairs import Which
+from hild_xr.recorders.curvature.precision import check_matrix_products
 from hild_xr.recorders.curvature.solve import SolveOptions, solve
 from hild_xr.recorders.curvature.spectrum import BlockSpectrum
 from hild_xr.recorders.curvature.traces import frobenius_norm, trace
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from hild_xr.recorders.curvature.precision import Precision
+    from hild_xr.recorders.curvature.precision import MatrixProducts, Precision
     from hild_xr.recorders.objective import Objective
 
 MatrixKind = Literal["hessian", "ggn", "gmatrix", "gmatrix_centered", "fisher", "fisher_mc"]
@@ -109,6 +110,9 @@ class Curvature:
         Memory that per-sample gradients may take; the same again for the bases of rows
         solved at once, and for what is known of linear layers on several batches. A G-matrix that
         does not fit is multiplied from gradients taken anew, chunk by chunk.
+    matrix_products
+        ``"fastest"`` multiplies float32 matrices on the CPU by the faster one of torch's two libraries, if
+        it is as exact; ``"default"`` by torch's default, with the same rounding errors in every process.
 
     Raises
     ------
@@ -143,17 +147,19 @@ class Curvature:
         dtype: torch.dtype | None = None,
         dense_up_to: int = 128,
         max_bytes: int = 2**30,
+        matrix_products: MatrixProducts = "fastest",
     ) -> None:
         check_problem(model, objective)
         check_dtype(dtype)
+        check_matrix_products(matrix_products)
         self.model, self.objective = unwrapped(model), objective
         self.dense_up_to, self.max_bytes = dense_up_to, max_bytes
-        self._dtype = dtype
+        self._dtype, self._products = dtype, matrix_products
         self._matrices: Matrices | None = None
 
     def __enter__(self) -> Self:
         self.objective.check(self.model)
-        measuring = Measurement(self.model)
+        measuring = Measurement(self.model, self._products)
         with measuring():
             self._matrices = Matrices(self.model, self.objective, self._dtype, measuring, self.max_bytes)
         return self

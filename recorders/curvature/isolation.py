@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hild_xr.recorders.curvature.precision import MatrixProducts, matrix_products
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -105,6 +107,9 @@ class Measurement:
     ----------
     model
         The model.
+    products
+        How float32 matrices are multiplied meanwhile; see
+        :func:`~hild_xr.recorders.curvature.precision.matrix_products`.
 
     Examples
     --------
@@ -117,8 +122,8 @@ class Measurement:
     True
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, products: MatrixProducts = "fastest") -> None:
+        self._model, self._products = model, products
         self._active = False
 
     @contextmanager
@@ -127,7 +132,7 @@ class Measurement:
         if self._active:
             yield
             return
-        with isolated(self._model):
+        with isolated(self._model), matrix_products(self._products):
             self._active = True
             try:
                 yield

@@ -96,7 +96,7 @@ def main() -> None:
     with one_thread():
         print(f"load average at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
         if len(gemms()) == 1:
-            print("GEMM: torch's default for all; the engine has no choice of its own, so this is as shipped")
+            print("GEMM: torch's default for all; none is faster on this machine, so this is as shipped")
         for title, facts in results(arguments):
             everything[title] = facts | {"load average": os.getloadavg()[0]}
             print(_line(title, facts), flush=True)
