@@ -139,6 +139,8 @@ class Recorder:
     ValueError, KeyError
         On entry, for settings that do not fit the model: unknown layer, k too
         large, an objective that is missing, of another length or on another device.
+    TypeError
+        On entry, if the objective is none.
 
     Warns
     -----
@@ -471,6 +473,11 @@ class Recorder:
                     "Recorder(..., objective=Objective(loss, inputs, targets))"
                 )
             return
+        if not isinstance(self._objective, Objective):
+            raise TypeError(
+                "objective must be an Objective(loss, inputs, targets); got an object of type "
+                f"{type(self._objective).__name__}"
+            )
         self._objective.check(self._model)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.arguments import real_number, whole_number
 from hild_xr.recorders.curvature.block_parts import BlockPart
 from hild_xr.recorders.curvature.cross_operators import CrossOperator
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
@@ -102,11 +103,14 @@ def singular_triplets(
         If a product is NaN or infinite.
     ValueError
         If k or the budget is out of range.
+    TypeError
+        If k is no whole number or the tolerance no number.
     """
     shortest = min(operator.shape)
+    whole_number("k, the number of triplets,", k)
     if not 1 <= k <= shortest:
         raise ValueError(f"k must be between 1 and {shortest}, the smaller side of {operator.name}; got {k}")
-    if not (math.isfinite(tol) and tol > 0):
+    if not 0 < real_number("tol, the relative residual to reach,", tol) < math.inf:
         raise ValueError(f"tol, the relative residual to reach, must be a positive number; got {tol}")
     # The matrix, its float64 copy, both factors and the workspace of the decomposition.
     fits = 40 * math.prod(operator.shape) <= max_bytes

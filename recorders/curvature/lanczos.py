@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.arguments import check_seconds, whole_number
 from hild_xr.recorders.curvature.certainty import certain_pairs
 from hild_xr.recorders.curvature.pairs import (
     Eigenpairs,
@@ -140,6 +141,8 @@ def lanczos_eigenpairs(
         If a product holds NaN or infinity.
     ValueError
         If k, the budget, the basis size or the shape of ``start`` is out of range.
+    TypeError
+        If an argument is of the wrong type.
 
     Examples
     --------
@@ -154,6 +157,12 @@ def lanczos_eigenpairs(
     2
     """
     check_arguments(size, k, tol)
+    check_seconds(max_seconds)
+    for name_of, value in (("guard", guard), ("probe_steps", probe_steps), ("seed", seed)):
+        whole_number(name_of, value, 0)
+    for name_of, limit in (("max_matvec", max_matvec), ("max_basis", max_basis)):
+        if limit is not None:
+            whole_number(name_of, limit)
     ranking(torch.zeros(1), which)
     budget = 40 * k + 200 if max_matvec is None else max_matvec
     wanted = min(k + guard, size)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.arguments import real_number, whole_number
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
 
 Which = Literal["magnitude", "largest", "smallest", "both"]
@@ -198,10 +199,11 @@ def rayleigh_ritz(
 
 
 def check_arguments(size: int, k: int, tol: float) -> None:
-    """Raise a ValueError unless k pairs of a matrix of this size can be asked for at this tolerance."""
+    """Raise an error unless k pairs of a matrix of this size can be asked for at this tolerance."""
+    whole_number("k, the number of eigenpairs,", k)
     if not 1 <= k <= size:
         raise ValueError(f"k must be between 1 and the size {size} of the matrix; got {k}")
-    if not (math.isfinite(tol) and tol > 0):
+    if not 0 < real_number("tol, the relative residual to reach,", tol) < math.inf:
         raise ValueError(f"tol, the relative residual to reach, must be a positive number; got {tol}")
 
 

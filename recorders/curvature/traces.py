@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.arguments import whole_number
 from hild_xr.recorders.curvature.deflation import Deflation
 from hild_xr.recorders.curvature.estimate import (
     Estimate,
@@ -141,12 +142,14 @@ def check_products(products: int) -> None:
     ------
     ValueError
         If it is below 2: one sample tells no standard error.
+    TypeError
+        If it is no whole number.
 
     Examples
     --------
     >>> check_products(2)
     """
-    if products < 2:
+    if whole_number("products, the budget of a sub-block,", products) < 2:
         raise ValueError(
             f"products, the budget of a sub-block, must be at least 2: one sample tells no standard error; "
             f"got {products}"

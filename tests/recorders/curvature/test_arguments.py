@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hild_xr import recorders as rec
-from hild_xr.recorders.curvature import Curvature, FisherMC
+from hild_xr.recorders.curvature import Curvature, FisherMC, lanczos_eigenpairs
+from hild_xr.recorders.curvature.cross_spectrum import singular_triplets
 
 
 def problem() -> tuple[nn.Sequential, rec.Objective]:
@@ -158,3 +159,56 @@ def test_budget__too_small_is_refused_before_training(tmp_path: Any) -> None:
         tmp_path / "run.zarr", model, objective=objective, probes=[whole], schedule=rec.at([0])
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("k", 2.0),
+        ("k", True),
+        ("tol", "1e-3"),
+        ("guard", "2"),
+        ("probe_steps", 1.5),
+        ("seed", None),
+        ("max_matvec", "9"),
+        ("max_basis", 20.0),
+        ("max_seconds", "1"),
+    ],
+)
+def test_lanczos__refuses_what_is_no_number(setting: str, value: object) -> None:
+    matrix = torch.diag(torch.arange(30.0))
+    settings: dict[str, Any] = {"k": 2} | {setting: value}
+    with pytest.raises(TypeError, match=rf"{setting}.* must be a (whole )?number"):
+        lanczos_eigenpairs(lambda vectors, _: vectors @ matrix, 30, **settings)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("k", 1.0), ("tol", "1e-3")])
+def test_singular_triplets__refuse_what_is_no_number(setting: str, value: object) -> None:
+    model, objective = problem()
+    settings: dict[str, Any] = {"k": 1} | {setting: value}
+    with Curvature(model, objective) as curvature:
+        operator = curvature.cross_operator("0.weight", "2.weight")
+        with pytest.raises(TypeError, match=rf"{setting}.* must be a (whole )?number"):
+            singular_triplets(operator, **settings)
+
+
+def test_products__of_a_trace_are_a_whole_number() -> None:
+    with pytest.raises(TypeError, match=r"products, the budget of a sub-block, must be a whole number.*'3'"):
+        rec.Trace(products="3")
+
+
+def test_objective__of_another_type_is_refused_before_training(tmp_path: Any) -> None:
+    model, _ = problem()
+    recorder = rec.Recorder(
+        tmp_path / "run.zarr",
+        model,
+        objective=(torch.nn.functional.cross_entropy, torch.eye(3)),
+        probes=[rec.Hessian(3)],
+        schedule=rec.at([0]),
+    )
+    with (
+        pytest.raises(TypeError, match=r"must be an Objective\(loss, inputs, targets\).*type tuple"),
+        recorder,
+    ):
+        pytest.fail("the run began")
+    assert not (tmp_path / "run.zarr").exists()
