@@ -12,6 +12,7 @@ from hild_xr.recorders.curvature.backward import pulled_back, vectors_at_once
 from hild_xr.recorders.curvature.functional import at_least_float32
 from hild_xr.recorders.curvature.linear_layers import LinearLayers
 from hild_xr.recorders.curvature.linear_sites import LinearSite, recorded_calls
+from hild_xr.recorders.curvature.precision import chosen_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -288,6 +289,7 @@ class Graphs:
                 use(len(targets) / len(self._objective), self._build(inputs, targets, first))
                 first += len(targets)
 
+    @chosen_products()
     def _build(self, inputs: Inputs, targets: Tensor, first: int) -> LossGraph:
         return LossGraph(self._network, self._objective, inputs, targets, self._sites, first)
 

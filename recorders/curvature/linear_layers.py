@@ -11,6 +11,7 @@ from hild_xr.recorders.curvature.activation_links import Flow, find_link
 from hild_xr.recorders.curvature.backward import pulled_back
 from hild_xr.recorders.curvature.functional import at_least_float32
 from hild_xr.recorders.curvature.linear_chain import ChainActivation, ChainLayer, LinearChain
+from hild_xr.recorders.curvature.precision import chosen_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,7 @@ class LinearLayers:
         """Return the gradient of each sample's loss by the layer's output, shape (n, out)."""
         return at_least_float32(self._slopes(weight))
 
+    @chosen_products()
     def output_curvature(self, weight: str) -> Tensor:
         """Return the second derivative of each sample's loss by each single output, shape (n, out).
 

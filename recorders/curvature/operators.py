@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hild_xr.recorders.curvature.precision import chosen_products
 from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients, gram
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class NetworkOperator(BlockOperator):
         self._graphs, self._l2 = graphs, l2
         self._batchable: bool | None = None  # not decided yet
 
+    @chosen_products()
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         of_batches: list[Tensor] = []
@@ -180,6 +182,7 @@ class ChainHessian(BlockOperator):
         super().__init__(block, dtype, device)
         self._chain, self._l2 = chain, l2
 
+    @chosen_products()
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         products, names = torch.empty_like(vectors), self.block.parameters
@@ -275,11 +278,13 @@ class WeightedRows(BlockOperator):
         super().__init__(block, h.dtype, h.device)
         self._h, self._weights, self._l2 = h, weights / len(h), l2
 
+    @chosen_products()
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         scores = (self._h @ vectors.T) * _columns(self._weights, rows)
         return scores.T @ self._h + self._l2 * vectors
 
+    @chosen_products()
     def matrix(self, rows: Tensor) -> Tensor:
         """Return whole sub-blocks, shape (n, p, p)."""
         identity = self._l2 * torch.eye(self.size, dtype=self.dtype, device=self.device)
@@ -316,6 +321,7 @@ class FactoredRowsSecondMoment(BlockOperator):
         super().__init__(block, h.dtype, h.device)
         self._h, self._delta, self._shift = h, delta, shift
 
+    @chosen_products()
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         delta = _columns(self._delta, rows)
@@ -327,6 +333,7 @@ class FactoredRowsSecondMoment(BlockOperator):
             products += scores.sum(0)[:, None] * self._shift[rows]
         return products / len(self._h)
 
+    @chosen_products()
     def matrix(self, rows: Tensor) -> Tensor:
         """Return whole sub-blocks, shape (n, p, p)."""
         return torch.stack(
@@ -370,12 +377,14 @@ class RowsSecondMoment(BlockOperator):
         super().__init__(block, gradients.dtype, gradients.device)
         self._gradients, self._ridge = gradients, ridge
 
+    @chosen_products()
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         gradients = self._gradients if len(rows) == self.count and _in_order(rows) else self._gradients[rows]
         scores = gradients @ vectors[:, :, None]
         return (gradients.mT @ scores)[:, :, 0] / gradients.shape[1] + self._ridge * vectors
 
+    @chosen_products()
     def matrix(self, rows: Tensor) -> Tensor:
         """Return whole sub-blocks, shape (n, p, p)."""
         gradients = self._gradients[rows]
@@ -428,17 +437,20 @@ class SecondMoment(BlockOperator):
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         return self.adjoint(self.apply(vectors)) / self.n_samples + self.ridge * vectors
 
+    @chosen_products()
     def apply(self, vectors: Tensor) -> Tensor:
         """Return J v for vectors (n, p), shape (n, M)."""
         pieces = zip(self._parts, torch.split(vectors, self._sizes, dim=1), strict=True)
         scores = sum_tensors(part.apply(piece) for part, piece in pieces)
         return scores if self._shift is None else scores + (vectors @ self._shift)[:, None]
 
+    @chosen_products()
     def adjoint(self, weights: Tensor) -> Tensor:
         """Return J^T u for weights (n, M), shape (n, p)."""
         vectors = torch.cat([part.adjoint(weights) for part in self._parts], dim=1)
         return vectors if self._shift is None else vectors + weights.sum(1, keepdim=True) * self._shift
 
+    @chosen_products()
     def gram(self) -> Tensor:
         """Return J J^T / M, shape (M, M): it has the nonzero eigenvalues of J^T J / M, ridge left out."""
         factored = [part for part in self._parts if isinstance(part, FactoredGradients)]
@@ -458,6 +470,7 @@ class SecondMoment(BlockOperator):
         squared = gram.double().square().sum()
         return (squared + 2 * self.ridge * self.trace().double() - self.ridge**2 * self.size).sqrt()
 
+    @chosen_products()
     def matrix(self, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
         """Return whole sub-blocks, shape (n, p, p)."""
         gradients = torch.cat([part.explicit() for part in self._parts], dim=1)

@@ -16,9 +16,11 @@ from hild_xr.recorders.curvature import Curvature, precision
 from hild_xr.recorders.curvature.precision import (
     check_matrix_products,
     check_precision,
+    chosen_products,
     matrix_products,
     product_precision,
 )
+from hild_xr.recorders.curvature.subspace import Subspace
 from hild_xr.recorders.objective import Objective
 
 needs_switch = pytest.mark.skipif(precision._switch() is None, reason="torch before 2.9 has no such switch")
@@ -42,7 +44,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, better: bool) -> None:
 
 def test_fastest__is_as_exact_as_float32() -> None:
     a, b = torch.randn(300, 200), torch.randn(200, 100)
-    with matrix_products("fastest"):
+    with matrix_products("fastest"), chosen_products():
         error = float((a @ b - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm())
     assert error < 2e-6
 
@@ -53,11 +55,11 @@ def test_fastest__is_taken_where_it_is_better_and_put_back(
     better: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, better=better)
-    with pytest.raises(KeyError), matrix_products("fastest"):
+    with pytest.raises(KeyError), matrix_products("fastest"), chosen_products():
         assert setting() == ("bf16" if better else "none")
         raise KeyError
     assert setting() == "none"
-    with matrix_products("default"):
+    with matrix_products("default"), chosen_products():
         assert setting() == "none"
 
 
@@ -67,7 +69,7 @@ def test_highest__is_no_choice_against_the_faster_library(monkeypatch: pytest.Mo
     try:
         torch.set_float32_matmul_precision("highest")
         before = setting()
-        with matrix_products("fastest"):
+        with matrix_products("fastest"), chosen_products():
             assert setting() == "bf16"
         assert setting() == before
     finally:
@@ -81,7 +83,7 @@ def test_setting__of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         torch.set_float32_matmul_precision("high")
         chosen = setting()
-        with matrix_products("fastest"):
+        with matrix_products("fastest"), chosen_products():
             assert setting() == chosen
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -92,7 +94,7 @@ def test_setting__of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_switch
 def test_bfloat16__inside_the_fastest_is_taken_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, better=True)
-    with matrix_products("fastest"):
+    with matrix_products("fastest"), chosen_products():
         with product_precision("bfloat16"):
             assert torch.get_float32_matmul_precision() == "medium"
         assert setting() == "bf16"
@@ -120,25 +122,33 @@ def test_library__is_refused_that_is_slower(
 
 
 @needs_switch
-def test_curvature__is_taken_by_the_faster_library_and_training_is_not(
+def test_curvature__is_taken_by_the_faster_library_and_the_search_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(monkeypatch, better=True)
-    seen = []
+    seen, searching = [], []
+    orthogonalised = Subspace._orthogonalised
+
+    def noted(self: Subspace, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        searching.append(setting())  # products of a matrix and a vector
+        return orthogonalised(self, *args)
+
+    monkeypatch.setattr(Subspace, "_orthogonalised", noted)
 
     class Seeing(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             seen.append(setting())
             return super().forward(x)
 
-    model = Seeing(3, 2)
-    objective = Objective(F.cross_entropy, torch.eye(3), torch.tensor([0, 1, 1]))
+    model = Seeing(12, 2)
+    objective = Objective(F.cross_entropy, torch.eye(12), torch.arange(12) % 2)
     for choice, expected in (("fastest", "bf16"), ("default", "none")):
         seen.clear()
         with Curvature(model, objective, matrix_products=choice) as curvature:
             assert setting() == "none"  # between the solves
-            found = curvature.eigenpairs(1)
+            found = curvature.eigenpairs(1, dense_up_to=0)
         assert seen[-1] == expected
+        assert set(searching) == {"none"}
         assert bool(found["weight"].converged.all())
     assert setting() == "none"
 
@@ -149,7 +159,7 @@ from hild_xr.recorders.curvature import precision
 torch.set_num_threads(1)
 a, b = torch.randn(1024, 512), torch.randn(512, 256)
 exact = a.double() @ b.double()
-with precision.matrix_products("fastest"):
+with precision.matrix_products("fastest"), precision.chosen_products():
     error = float((a @ b - exact).norm() / exact.norm())
 print(precision._switch() is not None, error)
 """
