@@ -194,7 +194,10 @@ class LinearChain:
             return self._behind(tile.z[-1]).contiguous()
         # samples last: they are many, and there is one processor instruction for several
         columns = tile.z[-1].permute(2, 1, 0).contiguous()
-        products = (self._behind[:, :, None, tile.there] * columns).sum(1)
+        seconds = self._behind[:, :, None, tile.there]
+        products = seconds[:, 0] * columns[0]
+        for j in range(1, len(columns)):
+            products.addcmul_(seconds[:, j], columns[j])
         return products.permute(2, 1, 0).contiguous()
 
 
