@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 _PERIODS = 8191, 8179  # of random numbers: primes, which no layer is wide
+_LARGEST = 20  # exponent of the powers of two among them
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def find_link(flow: Flow, z: Tensor, h: Tensor) -> ActivationLink | None:
     (slope,) = torch.autograd.grad(h, z, ones, create_graph=True)
     # with a graph too, for some activations are then differentiated by another formula
     (mixed,) = torch.autograd.grad(h, z, left, create_graph=True)
-    if not torch.equal(mixed, slope * left):
+    (other,) = torch.autograd.grad(h, z, right, create_graph=True)
+    # two draws, for two numbers of one draw may be equal by chance
+    if not (torch.equal(mixed, slope * left) and torch.equal(other, slope * right)):
         return None
     bend = _second(slope, z, ones)
     if not torch.equal(_second(mixed, z, right), bend * left * right):
@@ -127,10 +130,11 @@ def _factors(like: Tensor) -> tuple[Tensor, Tensor]:
 
     Some thousand random numbers, repeated: to draw all of them would take longer than the rest.
     """
-    values = torch.tensor([1, 2, 4, 8, -1, -2, -4, -8], dtype=like.dtype)
+    exponents = torch.arange(-_LARGEST, _LARGEST + 1).to(like.dtype)
+    values = torch.cat([2**exponents, -(2**exponents)])
     generator = torch.Generator().manual_seed(0)
     left, right = (
-        values[torch.randint(0, 8, (period,), generator=generator)]
+        values[torch.randint(0, len(values), (period,), generator=generator)]
         .repeat(like.numel() // period + 1)[: like.numel()]
         .reshape(like.shape)
         .to(like.device)

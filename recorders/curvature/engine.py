@@ -84,8 +84,8 @@ class Curvature:
     one first backward pass build a graph that all blocks and both matrices share; on
     leaving it is freed. If the objective has several batches no graph is kept, and
     each product builds them anew, one batch at a time. Hessian blocks of linear layers in a row,
-    with activations between them, take no pass through the network at all: see
-    :mod:`~hild_xr.recorders.curvature.linear_chain`.
+    with activations between them, take no pass through these layers (nor through what lies behind
+    them, if the last one has 16 outputs at most): see :mod:`~hild_xr.recorders.curvature.linear_chain`.
 
     Memory, besides the basis of a search: about ten times the activations (inputs and outputs of all
     layers) of one batch; and where there are several batches and linear layers in a row, four times the
@@ -113,6 +113,7 @@ class Curvature:
     matrix_products
         ``"fastest"`` multiplies float32 matrices on the CPU by the faster one of torch's two libraries, if
         it is as exact; ``"default"`` by torch's default, with the same rounding errors in every process.
+        Operators that are used outside of this class's own methods may take the default either way.
 
     Raises
     ------

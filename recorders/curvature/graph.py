@@ -12,7 +12,6 @@ from hild_xr.recorders.curvature.backward import pulled_back, vectors_at_once
 from hild_xr.recorders.curvature.functional import at_least_float32
 from hild_xr.recorders.curvature.linear_layers import LinearLayers
 from hild_xr.recorders.curvature.linear_sites import LinearSite, recorded_calls
-from hild_xr.recorders.curvature.precision import chosen_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -104,7 +103,9 @@ class LossGraph:
         )
         self._gradients = dict(zip(self._parameters, gradients, strict=False))
         by_outputs = dict(zip(of_layers, gradients[len(self._parameters) :], strict=True))
-        self.layers = LinearLayers(sites, of_layers, by_outputs, self._parameters, self.loss)
+        self.layers = LinearLayers(
+            sites, of_layers, by_outputs, self._parameters, self.loss, small=self.vectors_at_once > 1
+        )
 
     def _first_backward(self, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if self.outputs is None:
@@ -289,7 +290,6 @@ class Graphs:
                 use(len(targets) / len(self._objective), self._build(inputs, targets, first))
                 first += len(targets)
 
-    @chosen_products()
     def _build(self, inputs: Inputs, targets: Tensor, first: int) -> LossGraph:
         return LossGraph(self._network, self._objective, inputs, targets, self._sites, first)
 

@@ -158,11 +158,10 @@ def lanczos_eigenpairs(
     """
     check_arguments(size, k, tol)
     check_seconds(max_seconds)
-    for name_of, value in (("guard", guard), ("probe_steps", probe_steps), ("seed", seed)):
-        whole_number(name_of, value, 0)
-    for name_of, limit in (("max_matvec", max_matvec), ("max_basis", max_basis)):
-        if limit is not None:
-            whole_number(name_of, limit)
+    k, guard = int(k), whole_number("guard", guard, 0)
+    probe_steps, seed = whole_number("probe_steps", probe_steps, 0), whole_number("seed", seed, 0)
+    max_matvec = None if max_matvec is None else whole_number("max_matvec", max_matvec)
+    max_basis = None if max_basis is None else whole_number("max_basis", max_basis)
     ranking(torch.zeros(1), which)
     budget = 40 * k + 200 if max_matvec is None else max_matvec
     wanted = min(k + guard, size)

@@ -89,8 +89,8 @@ class LinearChain:
     activations
         Those between them, one less.
     behind
-        The mean loss's second derivative by the last layer's outputs: as numbers of shape (out, out, M)
-        if samples do not see each other, else as a function that multiplies n directions (M, n, out).
+        The mean loss's second derivative by the last layer's outputs: as numbers of shape (out, out, M),
+        sample by sample, or as a function that multiplies n directions (M, n, out) with it.
 
     Examples
     --------
@@ -120,7 +120,7 @@ class LinearChain:
 
     @property
     def vectors_at_once(self) -> int:
-        """Vectors worth multiplying at once; where something unknown lies behind, one."""
+        """Vectors worth multiplying at once; where a function does it behind the last layer, one."""
         layer = self._layers[0]
         activations = len(layer.h) * sum(len(layer.matrix) for layer in self._layers)
         return 1 if callable(self._behind) else vectors_at_once(activations, layer.h.device)
@@ -259,15 +259,17 @@ class ChainsOfBatches:
     ----------
     samples
         Number of samples of all batches.
+    max_bytes
+        Memory that the chains of several batches may take.
     """
 
-    def __init__(self, samples: int) -> None:
-        self._samples, self._filled = samples, 0
+    def __init__(self, samples: int, max_bytes: int) -> None:
+        self._samples, self._filled, self._max_bytes = samples, 0, max_bytes
         self._chains: dict[tuple[str, ...], LinearChain] | None = None
 
     @property
     def chains(self) -> list[LinearChain]:
-        """Chains that all batches have, and of which all is held as numbers."""
+        """Chains that all batches have, of which all is held as numbers, and that fit."""
         return list((self._chains or {}).values())
 
     def add(self, weight: float, samples: int, chains: Iterable[LinearChain]) -> None:
@@ -277,13 +279,24 @@ class ChainsOfBatches:
             return
         held = {chain.names: chain for chain in chains if isinstance(chain._behind, Tensor)}
         if self._chains is None:
-            self._chains = {names: self._room_for(chain) for names, chain in held.items()}
+            self._chains = self._rooms(held, samples)
         self._chains = {names: chain for names, chain in self._chains.items() if names in held}
         for names, chain in self._chains.items():
             for (whole, dim, weighted), (part, _, _) in zip(_parts(chain), _parts(held[names]), strict=True):
                 there = whole.narrow(dim, self._filled, samples)
                 torch.mul(part, weight if weighted else 1, out=there)
         self._filled += samples
+
+    def _rooms(
+        self, held: Mapping[tuple[str, ...], LinearChain], samples: int
+    ) -> dict[tuple[str, ...], LinearChain]:
+        """Return the same chains with room for all samples, as many as fit."""
+        rooms, free = {}, self._max_bytes
+        for names, chain in held.items():
+            free -= sum(part.nbytes for part, _, _ in _parts(chain)) * self._samples // samples
+            if free >= 0:
+                rooms[names] = self._room_for(chain)
+        return rooms
 
     def _room_for(self, chain: LinearChain) -> LinearChain:
         """Return the same chain with empty tensors for all samples."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from hild_xr.recorders.curvature.linear_sites import Call, LinearSite
 
 _FEW_OUTPUTS = 65  # of a layer, whose second derivatives are then held whole
-_FEW_ENOUGH = 16  # to hold them for chains, and multiply faster than by a backward pass
+_HELD_UP_TO = 16  # outputs of which chains hold them as numbers, and multiply faster than by a backward pass
+_SAME_GRADIENT = 1e-3  # relative difference up to which two ways to one gradient agree
 
 
 class LinearLayers:
@@ -37,6 +38,8 @@ class LinearLayers:
         The network's trainable parameters by their names.
     loss
         The mean loss, with its graph.
+    small
+        Whether the network is so small that it takes several vectors in one pass.
     """
 
     def __init__(
@@ -46,9 +49,12 @@ class LinearLayers:
         gradients: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
         loss: Tensor,
+        *,
+        small: bool = False,
     ) -> None:
         self._sites = {site.weight: site for site in sites}
         self._calls, self._gradients, self._parameters, self._loss = calls, gradients, parameters, loss
+        self._small = small
         self._owners = {site.weight: site.weight for site in sites}
         self._owners |= {site.bias: site.weight for site in sites if site.bias is not None}
         self._flow: Flow | None = None
@@ -83,21 +89,36 @@ class LinearLayers:
         forms = self._quadratic_forms(following, self._parameters[following].detach())
         return at_least_float32(link.slope**2 * forms + link.bend * len(link.bend))
 
-    def chains(self, names: Sequence[str]) -> list[LinearChain]:
-        """Return the layers in a row that some parameters are of, with all linked behind them.
+    def chains(self, blocks: Sequence[Sequence[str]]) -> list[LinearChain]:
+        """Return the layers in a row that the parameters of each block are of, with all linked behind them.
 
-        One chain for each row that is no part of another. None where a parameter is of no such
-        layer, or where a layer computes in another precision than it is given in.
+        One chain for each row that is no part of another. None for a block with a parameter of no such
+        layer, or of layers that are not all in one row; nor for a small network with many outputs, whose
+        passes take several vectors at once.
 
         Parameters
         ----------
-        names
-            Weights and biases, in any order.
+        blocks
+            Weights and biases of each block, in any order.
         """
-        asked = dict.fromkeys(self._owners[name] for name in names if name in self._owners)
-        rows = [self._following(weight) for weight in asked]
-        whole = [row for row in rows if not any(row[0] in other[1:] for other in rows)]
-        return [self._chain(row) for row in whole if all(map(self._is_plain, row))]
+        rows = {row for row in map(self._row, blocks) if row is not None and self._is_worth_it(row)}
+        longest_first = sorted(rows, key=len, reverse=True)
+        whole: dict[tuple[str, ...], None] = {}
+        for row in longest_first:
+            if not any(row[0] in other for other in whole):
+                whole[row] = None
+        return [self._chain(row) for row in whole]
+
+    def _row(self, names: Sequence[str]) -> tuple[str, ...] | None:
+        """Return the layers from the first that some parameters are of to the last, if they are in a row."""
+        asked = {self._owners.get(name, "") for name in names}
+        if "" in asked or not all(self._precision(weight) for weight in asked):
+            return None
+        row = max((self._following(weight) for weight in asked), key=len)
+        return tuple(row) if asked <= set(row) else None
+
+    def _is_worth_it(self, row: Sequence[str]) -> bool:
+        return not self._small or self.outputs(row[-1]).shape[1] <= _HELD_UP_TO
 
     def _chain(self, row: Sequence[str]) -> LinearChain:
         layers = [
@@ -111,14 +132,13 @@ class LinearLayers:
             for weight in row
         ]
         links = [self._link(weight) for weight in row[:-1]]
-        return LinearChain(layers, [link[1] for link in links if link is not None], self._behind(row[-1]))
+        return LinearChain(layers, [link[1] for link in links if link is not None], self._seconds(row[-1]))
 
-    def _behind(self, weight: str) -> Tensor | Callable[[Tensor], Tensor]:
+    def _seconds(self, weight: str) -> Tensor | Callable[[Tensor], Tensor]:
         """Return the mean loss's second derivative by a layer's outputs, as a chain wants it."""
-        if self.outputs(weight).shape[1] <= _FEW_ENOUGH:
-            return (
-                (self._second_derivatives(weight) / len(self.outputs(weight))).permute(1, 2, 0).contiguous()
-            )
+        if self.outputs(weight).shape[1] <= _HELD_UP_TO:
+            of_samples = self._second_derivatives(weight)  # by the output of the last dim first
+            return (of_samples / len(of_samples)).permute(2, 1, 0).contiguous()
 
         def multiply(directions: Tensor) -> Tensor:
             return self._second_derivative_products(weight, directions.transpose(0, 1)).transpose(0, 1)
@@ -132,10 +152,10 @@ class LinearLayers:
             row.append(found[0])
         return row
 
-    def _is_plain(self, weight: str) -> bool:
-        """Whether a layer computes in its parameters' own precision, and in enough of it."""
-        tensors = (self._calls[weight].h, self.outputs(weight), self._parameters[weight])
-        return {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
+    def _precision(self, weight: str) -> torch.dtype | None:
+        """Return the precision a layer computes in, if it is its parameters' own and enough of it."""
+        dtypes = {t.dtype for t in (self._calls[weight].h, self.outputs(weight), self._parameters[weight])}
+        return dtypes.pop() if dtypes in ({torch.float32}, {torch.float64}) else None
 
     def _second_derivative_products(self, weight: str, directions: Tensor) -> Tensor:
         """Multiply directions (k, n, out) with the mean loss's second derivative by a layer's outputs."""
@@ -195,8 +215,18 @@ class LinearLayers:
         if end is None:
             return None
         following = inputs[end]
+        if self._precision(weight) is None or self._precision(weight) != self._precision(following):
+            return None
         link = find_link(self._flow, z, self._calls[following].h)
         if link is None:
             return None
         pulled = self._gradients[following].detach() @ self._parameters[following].detach()
+        # Something else on the way back, as a hook, would be seen here.
+        if not _agree(link.slope * pulled, self._gradients[weight].detach()):
+            return None
         return following, ChainActivation(link.slope, link.bend * pulled)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    scale = other.abs().max() if other.numel() else 0.0
+    return bool(((one - other).abs() <= _SAME_GRADIENT * (other.abs() + _SAME_GRADIENT * scale)).all())

@@ -138,8 +138,12 @@ def find_linear_sites(
     for name in names:
         prefix = f"{name}." if name else ""
         weight, bias = f"{prefix}weight", f"{prefix}bias"
-        if counts.get(weight) == 1:
-            sites.append(LinearSite(name, weight, bias if counts.get(bias) == 1 else None))
+        if counts.get(weight) == 1 and network.trainable[weight].ndim == 2:
+            # a bias put in place of the layer's own may be one number for all outputs
+            whole = (
+                counts.get(bias) == 1 and network.trainable[bias].shape == network.trainable[weight].shape[:1]
+            )
+            sites.append(LinearSite(name, weight, bias if whole else None))
     return sites
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,6 +103,7 @@ class Matrices:
         self._second_moments: dict[str | FisherMC, SecondMoments] = {}
         self._output_curvatures: dict[str, Tensor] = {}
         self._chains: list[LinearChain] = []
+        self._without_chain: set[tuple[str, ...]] = set()
         self.loss = self._value()
 
     def operators(
@@ -150,10 +152,10 @@ class Matrices:
     def _through_network(self, block: Block, l2: float) -> BlockOperator:
         """Return a Hessian block by way of its linear layers alone, or else of the whole network."""
         dtype, device = self._source.vectors(block)
-        for chain in self._chains if block.kind != "rows" else ():
-            part = chain.holding(block.parameters)
+        for whole in self._chains if block.kind != "rows" else ():
+            part = whole.holding(block.parameters)
             if part is not None:
-                return ChainHessian(block, part, l2, dtype, device)
+                return ChainHessian(block, part, self.measuring, l2, dtype, device)
         return NetworkHessian(block, self.graphs, l2, dtype, device)
 
     def _second_moment(self, block: Block, matrix: str | FisherMC, l2: float) -> BlockOperator:
@@ -198,24 +200,33 @@ class Matrices:
         self._output_curvatures |= {name: torch.cat(tensors) for name, tensors in parts.items()}
 
     def _prepare_chains(self, blocks: Sequence[Block]) -> None:
-        """Take what is known of the linear layers of some blocks, of all batches if it fits the memory."""
-        known = {name for chain in self._chains for name in chain.names}
-        missing = sorted({name for block in blocks for name in block.parameters} - known)
-        if not missing or (self.graphs.kept is None and self._chain_bytes() > self._source.max_bytes):
+        """Take what is known of the linear layers in a row of each block, of all batches if there is room."""
+        asked = {block.parameters for block in blocks}
+        asked -= {names for names in asked if any(one.holding(names) for one in self._chains)}
+        missing = sorted(names for names in asked - self._without_chain if self._of_sites(names))
+        if not missing or not self._may_fit(missing):
             return
-        found = ChainsOfBatches(len(self._objective))
+        found = ChainsOfBatches(len(self._objective), self._source.max_bytes)
 
         def collect(weight: float, graph: LossGraph) -> None:
             found.add(weight, graph.n_samples, graph.layers.chains(missing))
 
         self.graphs.each(collect)
         self._chains += found.chains
+        self._without_chain |= set(missing)  # where there is one now, it is found first
 
-    def _chain_bytes(self) -> int:
-        """Return an upper bound for what chains of all samples hold."""
-        shapes = [self.network.trainable[name].shape for name in self._sites]
-        numbers = sum(width_in + 3 * width_out for width_out, width_in in shapes)
-        return numbers * len(self._objective) * 8
+    def _may_fit(self, blocks: Sequence[Sequence[str]]) -> bool:
+        """Whether chains of the blocks' own layers alone fit the memory, if they are to hold all batches."""
+        shapes = [
+            self.network.trainable[name].shape for name in {*chain.from_iterable(blocks)} & {*self._sites}
+        ]
+        numbers = sum(width_in + 2 * width_out for width_out, width_in in shapes)
+        return self.graphs.kept is not None or 4 * numbers * len(self._objective) <= self._source.max_bytes
+
+    def _of_sites(self, names: Sequence[str]) -> bool:
+        """Whether all parameters are those of linear layers with closed forms."""
+        known = {name for site in self._sites.values() for name in (site.weight, site.bias)}
+        return set(names) <= known
 
     def _value(self) -> float:
         if self.graphs.kept is not None:

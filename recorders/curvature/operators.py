@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from hild_xr.recorders.curvature.blocks import Block
     from hild_xr.recorders.curvature.graph import Graphs, LossGraph
+    from hild_xr.recorders.curvature.isolation import Measurement
     from hild_xr.recorders.curvature.linear_chain import LinearChain
     from hild_xr.recorders.curvature.sample_gradients import GradientSampler, SampleGradients
 
@@ -95,7 +96,6 @@ class NetworkOperator(BlockOperator):
         self._graphs, self._l2 = graphs, l2
         self._batchable: bool | None = None  # not decided yet
 
-    @chosen_products()
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         of_batches: list[Tensor] = []
@@ -107,6 +107,7 @@ class NetworkOperator(BlockOperator):
         products = sum_tensors(of_batches).to(vectors.dtype)
         return products.add_(vectors, alpha=self._l2) if self._l2 else products
 
+    @chosen_products()
     def _of_chunks(self, graph: LossGraph, vectors: Tensor, rows: list[int]) -> Tensor:
         if self._batchable is None:
             self._batchable = self._can_batch(graph)
@@ -170,6 +171,8 @@ class ChainHessian(BlockOperator):
         A block of whole parameters.
     chain
         The layers.
+    measuring
+        Keeps out what the caller has set, as autocast.
     l2
         Added to the diagonal.
     dtype, device
@@ -177,23 +180,31 @@ class ChainHessian(BlockOperator):
     """
 
     def __init__(
-        self, block: Block, chain: LinearChain, l2: float, dtype: torch.dtype, device: torch.device
+        self,
+        block: Block,
+        chain: LinearChain,
+        measuring: Measurement,
+        l2: float,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__(block, dtype, device)
-        self._chain, self._l2 = chain, l2
+        self._chain, self._measuring, self._l2 = chain, measuring, l2
 
-    @chosen_products()
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
-        products, names = torch.empty_like(vectors), self.block.parameters
-        at_once = self._chain.vectors_at_once
-        for start in range(0, len(vectors), at_once):
-            there = slice(start, start + at_once)
-            self._chain.multiply(
-                dict(zip(names, _parameter_parts(self.block, vectors[there]), strict=True)),
-                dict(zip(names, _parameter_parts(self.block, products[there]), strict=True)),
-            )
-        return products.add_(vectors, alpha=self._l2) if self._l2 else products
+        with self._measuring(), chosen_products():
+            factors = vectors.detach().to(self.dtype)
+            products, names = torch.empty_like(factors), self.block.parameters
+            at_once = self._chain.vectors_at_once
+            for start in range(0, len(vectors), at_once):
+                there = slice(start, start + at_once)
+                self._chain.multiply(
+                    dict(zip(names, _parameter_parts(self.block, factors[there]), strict=True)),
+                    dict(zip(names, _parameter_parts(self.block, products[there]), strict=True)),
+                )
+            products = products.add_(factors, alpha=self._l2) if self._l2 else products
+        return products.to(vectors.dtype)
 
 
 class NetworkGaussNewton(NetworkOperator):
@@ -576,7 +587,7 @@ def split(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 def _parameter_parts(block: Block, vectors: Tensor) -> list[Tensor]:
     """Return views of vectors (n, p) of the shapes of the block's parameters, (n, *parameter)."""
     pieces = torch.split(vectors, list(block.sizes), dim=1)
-    return [piece.unflatten(1, shape) for piece, shape in zip(pieces, block.shapes, strict=True)]
+    return [piece.view(len(piece), *shape) for piece, shape in zip(pieces, block.shapes, strict=True)]
 
 
 def sum_tensors(tensors: Iterable[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ processor multiplies in bfloat16 faster (AMX), so whether it may take over is a 
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -97,19 +98,15 @@ def chosen_products() -> Iterator[None]:
     ``"fastest"`` is by the library that is faster at the same precision, for products of two
     matrices: with a vector it is three times as slow. It is measured once in a process (some
     hundredths of a second) and holds for the process, so another thread that multiplies meanwhile
-    gets other rounding errors, of the same size. Where the user has set torch's precision of
+    gets other rounding errors, of the same size. Nor may it ask for torch's precision then, as the
+    user's own code may not; so none of that runs inside. Where the user has set the precision of
     products, theirs stays.
     """
-    switch = _switch()
-    before = None if switch is None else switch.fp32_precision
-    if _CHOICE.get() == "default" or before not in _FULL or not other_library_is_better():
+    if _CHOICE.get() == "default" or not other_library_is_better():
         yield
         return
-    switch.fp32_precision = "bf16"
-    try:
+    with _SETTING.held("fast"):
         yield
-    finally:
-        switch.fp32_precision = before
 
 
 @contextmanager
@@ -132,18 +129,74 @@ def product_precision(precision: Precision) -> Iterator[None]:
     if precision == "full":
         yield
         return
-    switch = _switch()
-    chosen = None if switch is None else switch.fp32_precision
-    if switch is not None and chosen == "bf16":
-        switch.fp32_precision = "none"  # torch tells no precision while its two ways to set one disagree
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
+    with _SETTING.held("rounded"):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        if switch is not None:
-            switch.fp32_precision = chosen
+
+
+class _Setting:
+    """Torch's settings of products, which all threads of a process share.
+
+    Who comes first notes what the user had set, and who leaves last puts it back: two threads that each put
+    back what they found would leave one's setting behind.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._holders = threading.Lock(), {"fast": 0, "rounded": 0}
+        self._on_cpu, self._full = "none", True
+        self._general = "highest"
+
+    @contextmanager
+    def held(self, mode: Literal["fast", "rounded"]) -> Iterator[None]:
+        """Hold a mode; while one thread wants products rounded, they are."""
+        with self._lock:
+            self._enter(mode)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._leave(mode)
+
+    def _enter(self, mode: str) -> None:
+        if not any(self._holders.values()):
+            self._on_cpu, self._full = _cpu_setting()
+        if mode == "rounded" and not self._holders["rounded"]:
+            _set_on_cpu(self._on_cpu)  # torch tells no precision while its two ways to set one disagree
+            self._general = torch.get_float32_matmul_precision()
+        self._holders[mode] += 1
+        self._apply()
+
+    def _leave(self, mode: str) -> None:
+        self._holders[mode] -= 1
+        if mode == "rounded" and not self._holders["rounded"]:
+            torch.set_float32_matmul_precision(self._general)
+        self._apply()
+
+    def _apply(self) -> None:
+        if self._holders["rounded"]:
+            torch.set_float32_matmul_precision("medium")
+        elif self._holders["fast"] and self._full:
+            _set_on_cpu("bf16")
+        else:
+            _set_on_cpu(self._on_cpu)
+
+
+_SETTING = _Setting()
+
+
+def _cpu_setting() -> tuple[str, bool]:
+    """Return what torch's switch is set to, and whether products are not rounded then."""
+    switch = _switch()
+    if switch is None:
+        return "none", True
+    setting: str = switch.fp32_precision
+    follows = setting == getattr(torch.backends.mkldnn, "fp32_precision", None)
+    return "none" if follows else setting, setting in _FULL
+
+
+def _set_on_cpu(setting: str) -> None:
+    switch = _switch()
+    if switch is not None:
+        switch.fp32_precision = setting
 
 
 def other_library_is_better() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,18 +84,21 @@ class SolveOptions:
     probe_steps: int = 8
 
     def __post_init__(self) -> None:
-        whole_number("k, the number of eigenpairs,", self.k)  # how many there are, the blocks know
+        set_to = partial(object.__setattr__, self)  # plain numbers in place of NumPy's
+        # how many there are, the blocks know
+        set_to("k", whole_number("k, the number of eigenpairs,", self.k))
         ranking(torch.zeros(1), self.which)
         if not 0 < real_number("tol, the relative residual to reach,", self.tol) < math.inf:
             raise ValueError(
                 f"tol, the relative residual to reach, must be a positive number; got {self.tol}"
             )
         check_seconds(self.max_seconds)
+        set_to("max_seconds", float(self.max_seconds))
         if self.max_matvec is not None:
-            whole_number("max_matvec, a budget of products,", self.max_matvec, 1)
-        whole_number("seed", self.seed)
+            set_to("max_matvec", whole_number("max_matvec, a budget of products,", self.max_matvec, 1))
+        set_to("seed", whole_number("seed", self.seed))
         for name in ("dense_up_to", "matrix_up_to", "max_bytes", "guard", "probe_steps"):
-            whole_number(name, getattr(self, name), 0)
+            set_to(name, whole_number(name, getattr(self, name), 0))
 
     def check_budget(self, block: Block, matrix: str, n_samples: int) -> None:
         """Check that the products allowed suffice for a block, if it is sure to be searched.

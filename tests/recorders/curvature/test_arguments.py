@@ -212,3 +212,23 @@ def test_objective__of_another_type_is_refused_before_training(tmp_path: Any) ->
     ):
         pytest.fail("the run began")
     assert not (tmp_path / "run.zarr").exists()
+
+
+def test_numbers__of_numpy_are_taken() -> None:
+    model, objective = problem()
+    plain: dict[str, Any] = {
+        "k": 2,
+        "guard": 1,
+        "probe_steps": 3,
+        "seed": 4,
+        "max_matvec": 60,
+        "max_seconds": 100.0,
+        "tol": 1e-3,
+    }
+    numpy = {name: (np.float64 if isinstance(v, float) else np.int64)(v) for name, v in plain.items()}
+    with Curvature(model, objective) as curvature:
+        for blocks in ("layer", "rows"):
+            one = curvature.eigenpairs(**plain, blocks=blocks, dense_up_to=0)
+            other = curvature.eigenpairs(**numpy, blocks=blocks, dense_up_to=np.int64(0))
+            for label, found in one.items():
+                assert torch.equal(found.eigenvalues, other[label].eigenvalues)

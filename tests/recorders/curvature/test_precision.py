@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hild_xr.recorders.curvature import Curvature, precision
+from hild_xr.recorders.curvature.linear_chain import LinearChain
 from hild_xr.recorders.curvature.precision import (
     check_matrix_products,
     check_precision,
@@ -126,30 +129,78 @@ def test_curvature__is_taken_by_the_faster_library_and_the_search_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(monkeypatch, better=True)
-    seen, searching = [], []
-    orthogonalised = Subspace._orthogonalised
+    multiplying, searching = [], []
+    multiplied, orthogonalised = LinearChain.multiply, Subspace._orthogonalised
 
-    def noted(self: Subspace, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def noted_product(self: LinearChain, *args: Any) -> None:
+        multiplying.append(setting())
+        multiplied(self, *args)
+
+    def noted_search(self: Subspace, *args: Any) -> Any:
         searching.append(setting())  # products of a matrix and a vector
         return orthogonalised(self, *args)
 
-    monkeypatch.setattr(Subspace, "_orthogonalised", noted)
+    monkeypatch.setattr(LinearChain, "multiply", noted_product)
+    monkeypatch.setattr(Subspace, "_orthogonalised", noted_search)
 
-    class Seeing(nn.Linear):
+    class Asking(nn.Linear):
+        """Asks what torch does not tell while another library is chosen."""
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(setting())
+            assert torch.get_float32_matmul_precision() == "highest"
             return super().forward(x)
 
-    model = Seeing(12, 2)
-    objective = Objective(F.cross_entropy, torch.eye(12), torch.arange(12) % 2)
-    for choice, expected in (("fastest", "bf16"), ("default", "none")):
-        seen.clear()
-        with Curvature(model, objective, matrix_products=choice) as curvature:
-            assert setting() == "none"  # between the solves
-            found = curvature.eigenpairs(1, dense_up_to=0)
-        assert seen[-1] == expected
-        assert set(searching) == {"none"}
-        assert bool(found["weight"].converged.all())
+    model = nn.Sequential(nn.Linear(12, 4), nn.Tanh(), nn.Sequential(Asking(4, 4), nn.Linear(4, 2)))
+    for batch_size in (None, 5):
+        objective = Objective(F.cross_entropy, torch.eye(12), torch.arange(12) % 2, batch_size=batch_size)
+        for choice, expected in (("fastest", "bf16"), ("default", "none")):
+            multiplying.clear()
+            with Curvature(model, objective, matrix_products=choice) as curvature:
+                found = curvature.eigenpairs(1, layers=["0.weight", "2.1.weight"], dense_up_to=0)
+            assert set(multiplying) == {expected}
+            assert set(searching) == {"none"}
+            assert all(bool(pairs.converged.all()) for pairs in found.values())
+    assert setting() == "none"
+
+
+@needs_switch
+@pytest.mark.parametrize("first", ["fast", "rounded"])
+def test_settings__of_two_threads_leave_nothing_behind(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One enters after the other and leaves after it."""
+    pretend(monkeypatch, better=True)
+    contexts = {
+        "fast": lambda: precision._SETTING.held("fast"),
+        "rounded": lambda: product_precision("bfloat16"),
+    }
+    outer, inner = contexts[first](), contexts["rounded" if first == "fast" else "fast"]()
+    outer.__enter__()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(inner.__enter__).result()
+        assert torch.get_float32_matmul_precision() == "medium"
+        outer.__exit__(None, None, None)
+        if first == "fast":
+            assert torch.get_float32_matmul_precision() == "medium"
+        else:
+            assert setting() == "bf16"
+        other.submit(inner.__exit__, None, None, None).result()
+    assert setting() == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@needs_switch
+def test_setting__that_follows_the_one_above_it_still_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, better=True)
+    above: Any = torch.backends
+    try:
+        above.fp32_precision = "ieee"
+        with matrix_products("fastest"), chosen_products():
+            assert setting() == "bf16"
+        above.fp32_precision = "tf32"
+        assert setting() == "tf32"
+        with matrix_products("fastest"), chosen_products():
+            assert setting() == "tf32"
+    finally:
+        above.fp32_precision = "none"
     assert setting() == "none"
 
 
