@@ -101,12 +101,11 @@ class LinearLayers:
         blocks
             Weights and biases of each block, in any order.
         """
-        rows = {row for row in map(self._row, blocks) if row is not None and self._is_worth_it(row)}
-        longest_first = sorted(rows, key=len, reverse=True)
-        whole: dict[tuple[str, ...], None] = {}
-        for row in longest_first:
-            if not any(row[0] in other for other in whole):
-                whole[row] = None
+        rows = [row for row in map(self._row, blocks) if row is not None and self._is_worth_it(row)]
+        whole: list[tuple[str, ...]] = []
+        for row in sorted(rows, key=len, reverse=True):
+            if not any(row[0] in longer for longer in whole):
+                whole.append(row)
         return [self._chain(row) for row in whole]
 
     def _row(self, names: Sequence[str]) -> tuple[str, ...] | None:

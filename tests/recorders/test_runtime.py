@@ -214,6 +214,8 @@ def test_records_that_wait__are_committed_after_a_while(
 
 
 SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests behind it
 import sys, time, torch
 from hild_xr import recorders as rec
 model = torch.nn.Linear(3, 3)
