@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hild_xr.recorders.curvature import Curvature, linear_layers, resolve_blocks
-from hild_xr.recorders.curvature.activation_links import ActivationLink, Flow, find_link
+from hild_xr.recorders.curvature.activation_links import ActivationLink, Flow, _factors, find_link
 from hild_xr.recorders.curvature.operators import WeightedRows
 from hild_xr.recorders.objective import Objective
 
@@ -66,6 +66,20 @@ def test_link__is_found_through_an_activation_with_its_derivatives(name: str) ->
 )
 def test_link__is_none_where_numbers_mix(between: Callable[[Tensor], Tensor]) -> None:
     assert not linked(between)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_link__is_none_where_numbers_change_places_that_one_draw_takes_for_equal(which: int) -> None:
+    """Of one sample, two factors of a draw are equal by chance now and then; two draws are needed."""
+    z = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    same, other = (factors[0] for factors in _factors(z)[:: 1 if which == 0 else -1])
+    pairs = [(i, j) for i in range(300) for j in range(i) if same[i] == same[j] and other[i] != other[j]]
+    i, j = pairs[0]
+    order = list(range(300))
+    order[i], order[j] = j, i
+    start = z.clone()
+    h = start[:, order].abs()  # with slopes of one size, and no second derivatives that would tell
+    assert find_link(Flow((h @ torch.ones(300, 2)).sum()), start, h) is None
 
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
