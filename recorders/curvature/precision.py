@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -53,9 +53,7 @@ def check_precision(precision: str) -> None:
     --------
     >>> check_precision("full")
     """
-    if precision not in get_args(Precision):
-        known = ", ".join(map(repr, get_args(Precision)))
-        raise ValueError(f"precision must be one of {known}; got {precision!r}")
+    _check_one_of("precision", precision, get_args(Precision))
 
 
 def check_matrix_products(choice: str) -> None:
@@ -70,9 +68,12 @@ def check_matrix_products(choice: str) -> None:
     --------
     >>> check_matrix_products("fastest")
     """
-    if choice not in get_args(MatrixProducts):
-        known = ", ".join(map(repr, get_args(MatrixProducts)))
-        raise ValueError(f"matrix_products must be one of {known}; got {choice!r}")
+    _check_one_of("matrix_products", choice, get_args(MatrixProducts))
+
+
+def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
 
 
 @contextmanager
