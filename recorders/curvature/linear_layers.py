@@ -70,7 +70,8 @@ class LinearLayers:
 
     def output_gradient(self, weight: str) -> Tensor:
         """Return the gradient of each sample's loss by the layer's output, shape (n, out)."""
-        return at_least_float32(self._slopes(weight))
+        gradient = at_least_float32(self._gradients[weight].detach())
+        return gradient * len(gradient)
 
     @chosen_products()
     def output_curvature(self, weight: str) -> Tensor:
@@ -194,10 +195,6 @@ class LinearLayers:
         z = self.outputs(weight)
         directions = (len(z) * direction.to(z.dtype)).expand(1, *z.shape)
         return self._second_derivative_products(weight, directions)[0]
-
-    def _slopes(self, weight: str) -> Tensor:
-        gradient = self._gradients[weight].detach()
-        return gradient * len(gradient)
 
     def _link(self, weight: str) -> tuple[str, ChainActivation] | None:
         """Return the layer behind this one, and what lies between, where that is only an activation."""

@@ -514,3 +514,19 @@ def test_multiple_eigenvalues_of_some_problems__cost_the_others_nothing() -> Non
     # several problems are looked at every fourth product
     assert int(pairs.n_matvec[0]) <= int(alone.n_matvec[0]) + 3
     assert int(pairs.n_matvec[0]) < int(pairs.n_matvec[1])
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1.0, 1e15])
+def test_residuals__of_float32_neither_vanish_nor_overflow(scale: float) -> None:
+    """Squares of such numbers do: a search cut short would pass for one that has converged."""
+    matrix = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    matrix = scale * (matrix + matrix.T)
+    found = lanczos_eigenpairs(
+        lambda vectors, _: vectors @ matrix, 200, 3, tol=1e-7, max_matvec=50, probe_steps=0
+    )
+    vectors = found.eigenvectors[0].double()
+    rest = vectors @ matrix.double() - found.eigenvalues[0][:, None] * vectors
+    true = rest.norm(dim=1) / found.eigenvalues[0].abs()
+    assert float(true[2]) > 1e-5  # the last one, far above float32's own rounding
+    torch.testing.assert_close(found.residuals[0, 2], true[2], rtol=0.05, atol=0)
+    assert not bool(found.converged[0, 2])
