@@ -13,7 +13,15 @@ CONFIDENCE = 0.99
 """Probability with which no eigenvalue larger than a certain pair's was missed."""
 
 
-def certain_pairs(eigenvalues: Tensor, k: int, which: Which, scale: Tensor, size: int, steps: int) -> Tensor:
+def certain_pairs(
+    eigenvalues: Tensor,
+    k: int,
+    which: Which,
+    scale: Tensor,
+    size: int,
+    steps: int,
+    errors: Tensor | float = 0.0,
+) -> Tensor:
     r"""Count the leading pairs that no missed eigenvalue exceeds, with a probability of 99 %.
 
     Residuals say that a pair is an eigenpair, not that it is the largest: a search can
@@ -47,6 +55,8 @@ def certain_pairs(eigenvalues: Tensor, k: int, which: Which, scale: Tensor, size
         Dimension p.
     steps
         Steps s of a probe that changed nothing.
+    errors
+        Shape (n,): how far eigenvalues may be off, found ones and missed ones.
 
     Returns
     -------
@@ -60,7 +70,8 @@ def certain_pairs(eigenvalues: Tensor, k: int, which: Which, scale: Tensor, size
     tensor([2])
     """
     middle, half = _not_looked_for(eigenvalues, which, scale)
-    distance = (eigenvalues[:, :k] - middle[:, None]).abs()
+    off = torch.as_tensor(errors, dtype=eigenvalues.dtype).expand_as(middle)[:, None]
+    distance = ((eigenvalues[:, :k] - middle[:, None]).abs() - off).clamp(min=0)
     beyond = (distance - half[:, None]).clamp(min=0)
     angle = torch.arccosh((distance / half[:, None]).clamp(min=1))
     growth = (steps - 1) * angle + torch.log1p(torch.exp(-2 * (steps - 1) * angle)) - math.log(2)

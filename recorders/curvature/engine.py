@@ -89,7 +89,8 @@ class Curvature:
 
     Memory, besides the basis of a search: about ten times the activations (inputs and outputs of all
     layers) of one batch; and where there are several batches and linear layers in a row, four times the
-    activations of these layers on all samples, unless that is above ``max_bytes``.
+    activations of these layers on all samples, unless that is above ``max_bytes``. Searches by rounded
+    products take as much again for linear layers in a row, unless both together are above ``max_bytes``.
 
     The model is measured in eval mode and found unchanged (see
     :func:`~hild_xr.recorders.curvature.isolation.isolated`). Its parameters must not
@@ -111,9 +112,13 @@ class Curvature:
         solved at once, and for what is known of linear layers on several batches. A G-matrix that
         does not fit is multiplied from gradients taken anew, chunk by chunk.
     matrix_products
-        ``"fastest"`` multiplies float32 matrices on the CPU by the faster one of torch's two libraries, if
-        it is as exact; ``"default"`` by torch's default, with the same rounding errors in every process.
-        Operators that are used outside of this class's own methods may take the default either way.
+        ``"full"`` multiplies float32 matrices on the CPU by the faster one of torch's two libraries, if it is
+        as exact; ``"default"`` by torch's default, with the same rounding errors in every process.
+        ``"fastest"`` is ``"full"``, but searches for eigenpairs of linear layers in a row go by factors
+        rounded to bfloat16 where the processor multiplies these much faster (AMX). What they find is
+        multiplied anew in float32 and corrected, so that residuals and ``converged`` mean the same; see
+        :func:`~hild_xr.recorders.curvature.lanczos.lanczos_eigenpairs`. Operators that are used outside
+        of this class's own methods may take the default whatever the choice.
 
     Raises
     ------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +43,24 @@ _WARM_LEAK = 2.0
 _WARM_ROUNDS = 4
 """Corrections after which that has failed and Lanczos takes over."""
 
+ROUNDED_FROM = 5e-4
+"""Tolerance from which on a search by rounded products pays: they are some thousandths off."""
+
+_ROUNDED_STOP = 0.8
+"""Part of the residual otherwise looked for at which a search by rounded products ends: errors are added."""
+
+_ROUNDED_NOISE = 1e-4
+"""Residual, in largest eigenvalues, from which on a search by rounded products leaves the rest to others."""
+
+_ROUNDED_SPAN = 0.02
+"""Size of a pair, in largest eigenvalues, below which rounded products do not tell it from noise."""
+
+_ROUNDED_ERROR = 1e-2
+"""Error of a rounded product, in the eigenvalue, that must be reckoned with: three times what is common."""
+
+_BOUND = 4.0
+"""Errors of rounded products, in the largest one seen, that are reckoned with."""
+
 
 def lanczos_eigenpairs(
     matvec: Callable[[Tensor, Tensor], Tensor],
@@ -62,6 +80,7 @@ def lanczos_eigenpairs(
     device: torch.device | str = "cpu",
     seed: int = 0,
     name: str = "matrix",
+    rounded: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Eigenpairs:
     r"""Solve symmetric matrices through products, by thick-restart Lanczos.
 
@@ -128,6 +147,11 @@ def lanczos_eigenpairs(
         Seed of the random vectors; the global RNG is neither read nor moved.
     name
         Name in error messages.
+    rounded
+        Products as those of ``matvec``, but cheaper and some thousandths off. A search goes by them if the
+        tolerance is 5e-4 at least. What it found is then multiplied by ``matvec`` and corrected: once with
+        rounded products of the residuals, whose errors, as small as the residuals, are added to these;
+        and where that is not enough, with products by ``matvec`` alone. All count as products.
 
     Returns
     -------
@@ -184,8 +208,17 @@ def lanczos_eigenpairs(
         )
     matrices = Matrices(matvec, size, dtype, torch.device(device), name, seed)
     deadline = time.monotonic() + max_seconds
-    search = _Search(k, wanted, which, tol, budget, deadline, basis_size, probe_steps)
+    cheap = None
+    if rounded is not None and tol >= ROUNDED_FROM and basis_size >= 2 * wanted and budget > 4 * wanted:
+        cheap = replace(matrices, matvec=rounded)
+        budget += _rounded_budget(wanted) if max_matvec is None else 0
+    search = _Search(k, wanted, which, tol, budget, deadline, basis_size, probe_steps, cheap)
     return search.run(Subspace(matrices, torch.arange(n_problems), basis_size), start)
+
+
+def _rounded_budget(wanted: int) -> int:
+    """Return after how many rounded products a search goes on by exact ones: their errors may hold it up."""
+    return 10 * wanted + 100
 
 
 @dataclass(frozen=True)
@@ -200,18 +233,27 @@ class _Search:
     deadline: float
     capacity: int
     probe_steps: int
+    rounded: Matrices | None = None
 
     def run(self, space: Subspace, start: Tensor | None) -> Eigenpairs:
         if start is not None:
             return self.certify(self.warm(space, start.to(space.vectors)), torch.tensor(0))
+        exact = space.matrices
         space.aim_randomly()
-        space = self.until_found(space)
+        space, sure = self.probed(self.first_found(space))
+        found, exhausted = space.ritz(self.which).eigenvalues[:, : self.wanted], space.exhausted
+        space, errors = self.made_exact(space, exact)
+        certain = self.certain(space, found, 2 * errors)
+        return self.certify(space, torch.where(sure, self.k if exhausted else certain, 0))
+
+    def probed(self, space: Subspace) -> tuple[Subspace, Tensor]:
+        """Look for what a search missed; also return whether nothing more is to be found, shape (n,)."""
         pending = torch.ones(len(space.problems), dtype=torch.bool)
         clustered = self.are_clustered(space)
-        certain = torch.zeros(len(space.problems), dtype=torch.int64)
+        sure = torch.zeros(len(space.problems), dtype=torch.bool)
         while self.probe_steps and not space.exhausted and time.monotonic() < self.deadline:
             # Probe all whose search was not cut short; those that change are probed again.
-            pending = pending & (space.count + self.probe_steps <= self.budget)
+            pending = pending & (space.count + self.probe_steps <= self.allowed_products(space))
             if not bool(pending.any()):
                 break
             before = space.projected.diagonal(dim1=1, dim2=2).clone()
@@ -224,11 +266,65 @@ class _Search:
             stayed = pending & (moved <= self.tol * space.scale)
             # what was missed once has more copies, and so had others maybe
             clustered |= (pending & ~stayed) | self.are_clustered(space)
-            certain[stayed] = self.certain(space)[stayed]
+            sure = sure | stayed
             pending = pending & ~stayed
-        if space.exhausted:
-            certain[:] = self.k
-        return self.certify(space, certain)
+        return space, sure | space.exhausted
+
+    def first_found(self, space: Subspace) -> Subspace:
+        """Search from the vector aimed at, by rounded products if there are and if they can tell."""
+        if self.rounded is None:
+            return self.until_found(space)
+        exact, aim = space.matrices, space.vectors[:, 0].clone()
+        space.matrices = self.rounded
+        space = self.until_found(space)
+        if not bool(self.is_too_small(space, space.ritz(self.which)).any()):
+            return space
+        space.matrices = exact
+        return self.until_found(self.begun_anew(space, aim))
+
+    def is_too_small(self, space: Subspace, ritz: Ritz) -> Tensor:
+        """Whether pairs asked for drown in the errors of rounded products, shape (n,)."""
+        return ritz.eigenvalues[:, : self.k].abs().amin(-1) < _ROUNDED_SPAN * space.scale
+
+    @staticmethod
+    def begun_anew(space: Subspace, aim: Tensor) -> Subspace:
+        """Forget all but how many products were spent, and go in a direction (n, p)."""
+        space.filled = 0
+        space.projected.zero_()
+        space.scale.zero_()
+        space.aim(aim)
+        return space
+
+    def made_exact(self, space: Subspace, exact: Matrices) -> tuple[Subspace, Tensor]:
+        """Multiply anew what was found by rounded products, and correct it.
+
+        Also return the largest error of theirs, shape (n,).
+        """
+        if space.matrices is not self.rounded:
+            return space, torch.zeros(len(space.problems), dtype=torch.float64)
+        values = space.ritz(self.which).eigenvalues[:, : self.wanted]
+        space.filled = self.k
+        errors = space.multiply_anew(slice(self.k), exact).amax(-1)
+        # a pair beyond that lies within the errors may be one of those asked for
+        near = int((self.gaps(values) <= 2 * errors[:, None]).any(0).sum())
+        space.filled += near
+        if near:
+            space.multiply_anew(slice(self.k, space.filled), exact)
+        known, bad = space.filled, self.not_good_enough(space)
+        if bad:
+            space.append(
+                space.residual_vectors(space.ritz(self.which), bad), by=self.rounded, errors=_BOUND * errors
+            )
+            if not self.not_good_enough(space):
+                return space, errors
+            space.multiply_anew(slice(known, space.filled), exact)
+        return Subspace.joined(self.corrected(space), self.capacity), errors
+
+    def not_good_enough(self, space: Subspace) -> list[int]:
+        """Return which of the pairs asked for have too large a residual in one of the problems."""
+        ritz = space.ritz(self.which)
+        large = space.residuals(ritz, self.k) > self.allowed(space, ritz, self.k)
+        return large.any(0).nonzero()[:, 0].tolist()
 
     def are_clustered(self, space: Subspace) -> Tensor:
         """Whether eigenvalues found lie closer together than the tolerance, shape (n,)."""
@@ -236,11 +332,10 @@ class _Search:
         larger = torch.maximum(values[:, 1:].abs(), values[:, :-1].abs())
         return (values.diff(dim=1) <= self.tol * larger).any(-1)
 
-    def certain(self, space: Subspace) -> Tensor:
-        """Count the pairs that are certain after a probe, shape (n,)."""
-        found = space.ritz(self.which).eigenvalues[:, : self.wanted]
+    def certain(self, space: Subspace, found: Tensor, errors: Tensor) -> Tensor:
+        """Count the pairs that are certain after a probe, shape (n,); ``errors`` are those of ``found``."""
         size = space.matrices.size
-        return certain_pairs(found, self.k, self.which, space.scale, size, self.probe_steps)
+        return certain_pairs(found, self.k, self.which, space.scale, size, self.probe_steps, errors)
 
     def warm(self, space: Subspace, start: Tensor) -> Subspace:
         """Begin with vectors that were eigenvectors a moment ago."""
@@ -251,10 +346,11 @@ class _Search:
             turned[:] = True
         parts = []
         if bool(turned.any()):
-            parts.append(self.best(self.until_found(space.select(turned))))
+            exact, found = space.matrices, self.first_found(space.select(turned))
+            parts.append(self.best(self.made_exact(found, exact)[0]))
         if not bool(turned.all()):
             near = start[~turned.to(start.device)]
-            parts.extend(map(self.best, self.corrected(space.select(~turned), near)))
+            parts.extend(map(self.best, self.corrected(self.with_start(space.select(~turned), near))))
         return Subspace.joined(parts, self.capacity)
 
     def best(self, space: Subspace) -> Subspace:
@@ -271,11 +367,16 @@ class _Search:
         leak: Tensor = rest / torch.linalg.vector_norm(product, dim=(1, 2)).clamp(min=1e-30)
         return leak.cpu()
 
-    def corrected(self, space: Subspace, start: Tensor) -> list[Subspace]:
-        """Multiply all start vectors, and the residuals of those that are not good enough, until all are."""
-        finished: list[Subspace] = []
+    @staticmethod
+    def with_start(space: Subspace, start: Tensor) -> Subspace:
+        """Multiply all start vectors, of which the sum has been."""
         if start.shape[1] > 1:
             space.append(start[:, 1:])  # with their sum they span the same space
+        return space
+
+    def corrected(self, space: Subspace) -> list[Subspace]:
+        """Multiply the residuals of the pairs that are not good enough, until all are."""
+        finished: list[Subspace] = []
         for _ in range(_WARM_ROUNDS):
             ritz = space.ritz(self.which)
             large = space.residuals(ritz, self.k) > self.allowed(space, ritz, self.k)
@@ -296,22 +397,30 @@ class _Search:
         if int(space.count.max()) + self.wanted > self.budget:
             return [*finished, space]  # no search can end within the products left
         sums = space.vectors[:, : self.k].sum(1)
-        space.filled = 0
-        space.projected.zero_()
-        space.aim(sums)
-        return [*finished, self.until_found(space)]
+        return [*finished, self.until_found(self.begun_anew(space, sums))]
 
     def allowed(self, space: Subspace, ritz: Ritz, n_pairs: int) -> Tensor:
         """Return the residual at which each of the first pairs is good enough, shape (n, n_pairs)."""
         found = ritz.eigenvalues[:, :n_pairs]
         scale = torch.maximum(space.scale, ritz.eigenvalues.abs().amax(-1))
         allowed = _STOP * self.tol * own_scale(found, scale[:, None])
-        size = found.abs() if self.which == "magnitude" else found
-        for i in range(self.k, found.shape[1]):
-            last = self.k - 1 if self.which != "both" or (i - self.k) % 2 or self.k == 1 else self.k - 2
-            gap = (size[:, last] - size[:, i]).abs()
-            allowed[:, i] = torch.maximum(allowed[:, i], _GUARD_GAP * gap)
+        if space.matrices is self.rounded:
+            allowed *= _ROUNDED_STOP
+            allowed = torch.maximum(allowed, _ROUNDED_NOISE * scale[:, None])
+            if not space.follows_recurrence:  # real residuals, then, with the errors in them
+                allowed = torch.maximum(allowed, _ROUNDED_ERROR * own_scale(found, scale[:, None]))
+        allowed[:, self.k :] = torch.maximum(allowed[:, self.k :], _GUARD_GAP * self.gaps(found))
         return allowed
+
+    def gaps(self, eigenvalues: Tensor) -> Tensor:
+        """Return how far the pairs beyond those asked for are from the last one at their end, (n, beyond)."""
+        size = eigenvalues.abs() if self.which == "magnitude" else eigenvalues
+        beyond = range(self.k, size.shape[1])
+        last = [
+            self.k - 1 if self.which != "both" or (i - self.k) % 2 or self.k == 1 else self.k - 2
+            for i in beyond
+        ]
+        return (size[:, last] - size[:, self.k :]).abs()
 
     def until_found(self, space: Subspace, min_steps: int = 0, clustered: Tensor | None = None) -> Subspace:
         """Extend until every problem is done; keep its best Ritz vectors.
@@ -328,6 +437,8 @@ class _Search:
                 ritz = space.ritz(self.which)
                 done = self.is_found(space, ritz, n_pairs, more) & (steps >= min_steps)
                 done = done | space.exhausted | self.is_cut_short(space)
+                if space.full and space.matrices is self.rounded:
+                    done = done | self.is_too_small(space, ritz)
                 if bool(done.any()):
                     finished.append(self.taken_out(space, ritz, done, self.wanted))
                     if bool(done.all()):
@@ -346,7 +457,13 @@ class _Search:
         return found if found is space else found.trimmed()
 
     def is_cut_short(self, space: Subspace) -> bool:
-        return int(space.count.max()) >= self.budget or time.monotonic() >= self.deadline
+        return int(space.count.max()) >= self.allowed_products(space) or time.monotonic() >= self.deadline
+
+    def allowed_products(self, space: Subspace) -> int:
+        """Return the budget, less what it takes to make rounded products exact."""
+        if space.matrices is not self.rounded:
+            return self.budget
+        return min(self.budget - 3 * self.wanted, _rounded_budget(self.wanted))
 
     def is_time_to_look(self, space: Subspace, steps: int, min_steps: int, n_pairs: int) -> bool:
         if space.filled < n_pairs:

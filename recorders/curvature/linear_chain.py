@@ -54,6 +54,8 @@ class ChainLayer:
         Inputs, shape (M, in).
     delta
         Derivatives :math:`\delta` of the mean loss by the outputs, shape (M, out).
+    by_columns
+        h and delta once more, column after column in memory, where sums over samples are faster so.
     """
 
     weight: str
@@ -61,6 +63,7 @@ class ChainLayer:
     matrix: Tensor
     h: Tensor
     delta: Tensor
+    by_columns: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class LinearChain:
     ) -> None:
         self._layers, self._activations, self._behind = tuple(layers), tuple(activations), behind
         self._space: _Space | None = None
+        self._whole, self._rounded = self, None  # type: LinearChain, LinearChain | None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,11 +123,17 @@ class LinearChain:
         return tuple(name for layer in self._layers for name in (layer.weight, layer.bias) if name)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Precision of vectors and products."""
+        return self._layers[0].h.dtype
+
+    @property
     def vectors_at_once(self) -> int:
-        """Vectors worth multiplying at once; where a function does it behind the last layer, one."""
+        """Vectors worth multiplying at once: one if it is rounded, or by a function behind the last layer."""
         layer = self._layers[0]
         activations = len(layer.h) * sum(len(layer.matrix) for layer in self._layers)
-        return 1 if callable(self._behind) else vectors_at_once(activations, layer.h.device)
+        one = callable(self._behind) or self.dtype == torch.bfloat16
+        return 1 if one else vectors_at_once(activations, layer.h.device)
 
     def holding(self, names: Collection[str]) -> LinearChain | None:
         """Return the chain from the first layer that has one of some parameters; ``None`` if it lacks one."""
@@ -131,7 +141,50 @@ class LinearChain:
         if not asked <= set(self.names):
             return None
         first = next(i for i, layer in enumerate(self._layers) if {layer.weight, layer.bias} & asked)
-        return LinearChain(self._layers[first:], self._activations[first:], self._behind)
+        part = LinearChain(self._layers[first:], self._activations[first:], self._behind)
+        part._whole = self._whole
+        return part
+
+    @property
+    def work(self) -> int:
+        """Multiplications of a product, in those of matrices."""
+        weights = [layer.matrix.numel() for layer in self._layers]
+        return 2 * len(self._layers[0].h) * (sum(weights) + sum(weights[1:]))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all that is held of samples."""
+        return sum(part.nbytes for part, _, _ in _parts(self))
+
+    def rounded(self) -> LinearChain:
+        """Return the chain with its numbers rounded to bfloat16, whose products are some thousandths off.
+
+        Their sums over samples are not rounded where the products are to be float32. It takes no more memory
+        than the chain, and is made once for all parts of one.
+        """
+        whole = self._whole
+        if whole._rounded is None:
+            whole._rounded = whole._made_rounded()
+        part = whole._rounded.holding(self.names)
+        assert part is not None
+        return part
+
+    def _made_rounded(self) -> LinearChain:
+        layers = [
+            replace(
+                layer,
+                matrix=_low(layer.matrix),
+                h=_low(layer.h),
+                delta=_low(layer.delta),
+                by_columns=(_low(layer.h.T).contiguous().T, _low(layer.delta.T).contiguous().T),
+            )
+            for layer in self._layers
+        ]
+        activations = [ChainActivation(_low(one.slope), _low(one.bend)) for one in self._activations]
+        behind = self._behind
+        if isinstance(behind, Tensor):
+            return LinearChain(layers, activations, _low(behind))
+        return LinearChain(layers, activations, lambda directions: _low(behind(directions.to(self.dtype))))
 
     def multiply(self, vectors: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> None:
         """Multiply n vectors with the Hessian block of the named parameters.
@@ -141,7 +194,7 @@ class LinearChain:
         vectors
             One tensor of shape (n, *parameter) for each parameter of the block.
         products
-            Tensors of the same names and shapes, which are overwritten.
+            Tensors of the same names and shapes, which are overwritten; of a rounded chain in float32.
         """
         n = len(next(iter(vectors.values())))
         if self._space is None or self._space.n != n:
@@ -177,9 +230,10 @@ class LinearChain:
             if layer.bias is not None and layer.bias in products:
                 _add_sum(products[layer.bias], along, beta)
             if vector is not None:
-                _add_outer(products[layer.weight], along, layer.h[tile.there, None], beta)
+                h, of_output = layer.by_columns or (layer.h, layer.delta)
+                _add_outer(products[layer.weight], along, h[tile.there, None], beta)
                 if i:
-                    _add_outer(products[layer.weight], delta[:, None], tile.h[i - 1], 1)
+                    _add_outer(products[layer.weight], of_output[tile.there, None], tile.h[i - 1], 1)
             if i:
                 pulled, activation = tile.pulled(i - 1), self._activations[i - 1]
                 torch.mm(along.flatten(0, 1), layer.matrix, out=pulled.flatten(0, 1))
@@ -230,12 +284,18 @@ class _Tile:
         return self._pulled[: self.h[i].numel()].view(self.h[i].shape)
 
 
+def _low(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16)
+
+
 def _add_sum(product: Tensor, along: Tensor, beta: int) -> None:
     """Set products (n, out) to beta times themselves and the sums over samples of along (m, n, out)."""
     if beta:
         product += along.sum(0)
-    else:
+    elif along.dtype == product.dtype:
         torch.sum(along, 0, out=product)
+    else:
+        product.copy_(along.sum(0))  # of a rounded chain
 
 
 def _add_outer(product: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
@@ -243,6 +303,11 @@ def _add_outer(product: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
 
     ``left`` has shape (m, n, out) and ``right`` (m, n, in); one of the two n may be 1 for n.
     """
+    if left.dtype != product.dtype:  # a rounded chain, which takes one vector at a time
+        a, b = left[:, 0], right[:, 0]
+        outer = (b.T @ a).T if b.stride(0) == 1 else a.T @ b  # by the columns that are there
+        product[0].copy_(outer) if beta == 0 else product[0].add_(outer)
+        return
     if len(product) == 1:
         product[0].addmm_(left[:, 0].T, right[:, 0], beta=beta)
         return
@@ -293,7 +358,7 @@ class ChainsOfBatches:
         """Return the same chains with room for all samples, as many as fit."""
         rooms, free = {}, self._max_bytes
         for names, chain in held.items():
-            free -= sum(part.nbytes for part, _, _ in _parts(chain)) * self._samples // samples
+            free -= chain.nbytes * self._samples // samples
             if free >= 0:
                 rooms[names] = self._room_for(chain)
         return rooms

@@ -155,7 +155,8 @@ class Matrices:
         for whole in self._chains if block.kind != "rows" else ():
             part = whole.holding(block.parameters)
             if part is not None:
-                return ChainHessian(block, part, self.measuring, l2, dtype, device)
+                room = self._source.max_bytes
+                return ChainHessian(block, part, self.measuring, l2, dtype, device, room)
         return NetworkHessian(block, self.graphs, l2, dtype, device)
 
     def _second_moment(self, block: Block, matrix: str | FisherMC, l2: float) -> BlockOperator:

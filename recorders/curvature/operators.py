@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hild_xr.recorders.curvature.precision import chosen_products
+from hild_xr.recorders.curvature.precision import chosen_products, may_round
 from hild_xr.recorders.curvature.sample_gradients import ExplicitGradients, FactoredGradients, gram
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hild_xr.recorders.curvature.isolation import Measurement
     from hild_xr.recorders.curvature.linear_chain import LinearChain
     from hild_xr.recorders.curvature.sample_gradients import GradientSampler, SampleGradients
+
+
+_WORTH_ROUNDING = 2**28  # multiplications of a product, from which on it takes less than half the time
 
 
 class BlockOperator(ABC):
@@ -50,6 +53,10 @@ class BlockOperator(ABC):
         identity = torch.eye(self.size, dtype=self.dtype, device=self.device).repeat(len(rows), 1)
         columns = self.product(identity, rows.repeat_interleave(self.size))
         return columns.reshape(len(rows), self.size, self.size)
+
+    def rounded(self) -> BlockOperator | None:
+        """Return the same matrices of less precise and much cheaper products, if there are; else ``None``."""
+        return None
 
     def trace(self) -> Tensor | None:
         """Return the trace of each sub-block, shape (count,), where it is nearly free; else ``None``."""
@@ -177,6 +184,8 @@ class ChainHessian(BlockOperator):
         Added to the diagonal.
     dtype, device
         Of the vectors.
+    max_bytes
+        Memory that the chain and its rounded copy may take together.
     """
 
     def __init__(
@@ -187,15 +196,25 @@ class ChainHessian(BlockOperator):
         l2: float,
         dtype: torch.dtype,
         device: torch.device,
+        max_bytes: int = 2**30,
     ) -> None:
         super().__init__(block, dtype, device)
-        self._chain, self._measuring, self._l2 = chain, measuring, l2
+        self._chain, self._measuring, self._l2, self._max_bytes = chain, measuring, l2, max_bytes
+
+    def rounded(self) -> ChainHessian | None:
+        """Return the same block of factors rounded to bfloat16, where that is allowed and pays."""
+        chain = self._chain
+        pays = chain.work >= _WORTH_ROUNDING and 2 * chain.nbytes <= self._max_bytes
+        if chain.dtype != torch.float32 or not pays or not may_round(self.device):
+            return None
+        low = chain.rounded()
+        return ChainHessian(self.block, low, self._measuring, self._l2, self.dtype, self.device)
 
     def product(self, vectors: Tensor, rows: Tensor) -> Tensor:  # noqa: ARG002 (one sub-block)
         """Return the products of vectors (n, p) with the sub-blocks of indices rows (n,)."""
         with self._measuring(), chosen_products():
-            factors = vectors.detach().to(self.dtype)
-            products, names = torch.empty_like(factors), self.block.parameters
+            factors = vectors.detach().to(self._chain.dtype)
+            products, names = torch.empty_like(factors, dtype=self.dtype), self.block.parameters
             at_once = self._chain.vectors_at_once
             for start in range(0, len(vectors), at_once):
                 there = slice(start, start + at_once)
@@ -203,7 +222,7 @@ class ChainHessian(BlockOperator):
                     dict(zip(names, _parameter_parts(self.block, factors[there]), strict=True)),
                     dict(zip(names, _parameter_parts(self.block, products[there]), strict=True)),
                 )
-            products = products.add_(factors, alpha=self._l2) if self._l2 else products
+            products = products.add_(vectors.detach(), alpha=self._l2) if self._l2 else products
         return products.to(vectors.dtype)
 
 

@@ -33,7 +33,7 @@ class Eigenpairs:
     converged
         Shape (*batch, k): whether the residual is finite and at most the tolerance.
     n_matvec
-        Shape (*batch,), int64: products spent; 0 for a dense solve.
+        Shape (*batch,), int64: products spent, also rounded ones; 0 for a dense solve.
     n_certain
         Shape (*batch,), int64: how many of the pairs, from the first on, are surely the leading ones; see
         :func:`~hild_xr.recorders.curvature.certainty.certain_pairs`.

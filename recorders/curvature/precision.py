@@ -1,8 +1,9 @@
-"""How float32 matrices are multiplied: as fast as is exact, or rounded to bfloat16 where that is asked for.
+"""How float32 matrices are multiplied: as fast as is exact, or rounded to bfloat16 where that is allowed.
 
 Torch has two libraries for it on a CPU, MKL and oneDNN, and takes MKL unless rounding to bfloat16 is
 allowed. MKL leaves half of the speed of other makers' processors unused. oneDNN rounds only where the
-processor multiplies in bfloat16 faster (AMX), so whether it may take over is a matter of measuring.
+processor multiplies in bfloat16 faster (AMX), so whether it may take over is a matter of measuring. There
+a search may go by tensors of bfloat16, which no other thread has to do with, if its results are made exact.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
 Precision = Literal["full", "bfloat16"]
 """Precision of the matrix products inside a curvature product."""
 
-MatrixProducts = Literal["fastest", "default"]
-"""How a CPU multiplies float32 matrices: the faster way of equal precision, or torch's default."""
+MatrixProducts = Literal["fastest", "full", "default"]
+"""How a CPU multiplies float32 matrices.
+
+``"full"`` is the faster way of equal precision, ``"default"`` torch's own. ``"fastest"`` is ``"full"``, and
+lets searches whose results are multiplied anew round their factors to bfloat16.
+"""
 
 _CHOICE: ContextVar[MatrixProducts] = ContextVar("matrix_products", default="default")
 
@@ -39,6 +44,10 @@ _FASTER = 0.75
 
 On other makers' processors it is 0.6, else 1: far from both, so that a noisy machine decides as ever.
 """
+
+
+_MUCH_FASTER = 0.35
+"""Part of the time of float32 at most that makes bfloat16 worth its errors: 0.1 to 0.2 with AMX, else 0.5."""
 
 
 def check_precision(precision: str) -> None:
@@ -203,6 +212,22 @@ def _set_on_cpu(setting: str) -> None:
 def other_library_is_better() -> bool:
     """Whether ``"fastest"`` and ``"default"`` differ on this machine."""
     return _switch() is not None and _other_library_is_better(torch.get_num_threads())
+
+
+def may_round(device: torch.device) -> bool:
+    """Whether matrices may be rounded to bfloat16 for a search, and are multiplied much faster then."""
+    chosen = _CHOICE.get() == "fastest" and device.type == "cpu"
+    return chosen and _rounding_is_faster(torch.get_num_threads())
+
+
+@functools.cache
+def _rounding_is_faster(threads: int) -> bool:  # noqa: ARG001 (measured for each number)
+    """Whether products of bfloat16 matrices take less than half the time, as with AMX."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1024, 512, generator=generator), torch.randn(512, 256, generator=generator)
+    low, beside = a.bfloat16(), b.bfloat16()
+    seconds = [(_seconds(lambda: low @ beside), _seconds(lambda: a @ b)) for _ in range(9)]
+    return min(s for s, _ in seconds) < _MUCH_FASTER * min(s for _, s in seconds)
 
 
 def _switch() -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hild_xr.recorders.curvature.arguments import check_seconds, real_number, whole_number
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
-from hild_xr.recorders.curvature.lanczos import lanczos_eigenpairs
+from hild_xr.recorders.curvature.lanczos import ROUNDED_FROM, lanczos_eigenpairs
 from hild_xr.recorders.curvature.operators import (
     BlockOperator,
     FactoredRowsSecondMoment,
@@ -389,11 +389,14 @@ def _solve_lanczos(operator: BlockOperator, options: SolveOptions, start: Tensor
     large, small = max(3 * options.k + 2, 20, wanted + 8), options.k + wanted + 2
     basis = max(small, min(large, options.max_bytes // (2 * bytes_per_vector)))
     chunk = max(1, options.max_bytes // (2 * (basis + 2) * bytes_per_vector))
+    # not where memory or time is short: it takes some more of both at the end
+    may_round = basis == large and math.isinf(options.max_seconds) and options.tol >= ROUNDED_FROM
+    rounded = operator.rounded() if may_round else None
     pairs = []
     for rows in _chunks(operator, chunk):
         pairs.append(
             lanczos_eigenpairs(
-                lambda vectors, problems, rows=rows: operator.product(vectors, rows[problems]),  # type: ignore[misc]
+                partial(_product_of_rows, operator, rows),
                 operator.size,
                 options.k,
                 n_problems=len(rows),
@@ -409,9 +412,15 @@ def _solve_lanczos(operator: BlockOperator, options: SolveOptions, start: Tensor
                 device=operator.device,
                 seed=options.seed,
                 name=operator.block.label,
+                rounded=None if rounded is None else partial(_product_of_rows, rounded, rows),
             )
         )
     return _joined(pairs)
+
+
+def _product_of_rows(operator: BlockOperator, rows: Tensor, vectors: Tensor, problems: Tensor) -> Tensor:
+    """Multiply vectors with some of the sub-blocks of an operator."""
+    return operator.product(vectors, rows[problems])
 
 
 def _chunks(operator: BlockOperator, size: int) -> tuple[Tensor, ...]:

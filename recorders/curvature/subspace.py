@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # the Ritz values are made up, also in float64 at a loose tolerance.
 _CANCELLATION = 0.7
 
+_INDEPENDENT = 1e-3
+"""Smallest eigenvalue of a Gram matrix, in the number of its unit vectors, at which it may be inverted."""
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -113,6 +116,7 @@ class Subspace:
         self.next_norm = torch.zeros(n, dtype=torch.float64)
         self.scale = torch.zeros(n, dtype=torch.float64)
         self.count = torch.zeros(n, dtype=torch.int64)
+        self.errors = torch.zeros(n, capacity, dtype=torch.float64)
         self.follows_recurrence = True
 
     @property
@@ -128,9 +132,10 @@ class Subspace:
     def aim(self, directions: Tensor) -> None:
         """Go on with given directions (n, p), orthogonalised; a random one for those that vanish."""
         before = torch.linalg.vector_norm(directions, dim=-1).to("cpu", torch.float64)
-        rest, _, after = self._orthogonalised(directions, before)
+        self.vectors[:, self.filled] = directions
+        rest, _, after = self._orthogonalised(self.vectors[:, self.filled], before)
         vanish = ~(after > 1e-3 * before)
-        self.vectors[:, self.filled] = rest / torch.where(vanish, 1.0, after).to(rest)[:, None]
+        rest /= torch.where(vanish, 1.0, after).to(rest)[:, None]
         self._aim_randomly(vanish)
         self.follows_recurrence = self.filled == 0
 
@@ -143,11 +148,13 @@ class Subspace:
         """Multiply the next vector; what is new in the product is the next one."""
         j = self.filled
         product = self.matrices.product(self.vectors[:, j], self.problems)
-        self.products[:, j] = product
+        self.products[:, j], self.errors[:, j] = product, 0.0
         self.filled, self.count = j + 1, self.count + 1
         before = torch.linalg.vector_norm(product, dim=-1).to("cpu", torch.float64)
         self.scale = torch.maximum(self.scale, before)
-        rest, coefficients, after = self._orthogonalised(product, before)
+        # in its place in the basis: memory that is new for each vector costs as much as the work in it
+        self.vectors[:, j + 1] = product
+        rest, coefficients, after = self._orthogonalised(self.vectors[:, j + 1], before)
         self.projected[:, : j + 1, j] = coefficients
         self.projected[:, j, : j + 1] = coefficients
         # Below this the direction is rounding noise of the product: the Krylov space is exhausted.
@@ -156,26 +163,60 @@ class Subspace:
         self.next_norm = torch.where(vanish, 0.0, after)
         if self.exhausted:
             return
-        self.vectors[:, j + 1] = rest / torch.where(vanish, 1.0, after).to(rest)[:, None]
+        rest /= torch.where(vanish, 1.0, after).to(rest)[:, None]
         self._aim_randomly(vanish)
 
-    def append(self, directions: Tensor) -> None:
-        """Take several directions (n, b, p) into the basis and multiply them at once; none is next then."""
-        n, b, size = directions.shape
-        new = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True).clamp(min=1e-300)
+    def append(self, directions: Tensor, *, by: Matrices | None = None, errors: Tensor | None = None) -> None:
+        """Take several directions (n, b, p) into the basis and multiply them at once; none is next then.
+
+        By other matrices than its own, which stand for these, if they are given with a bound (n,) on the
+        errors of their products.
+        """
+        b = directions.shape[1]
+        basis, there = self.vectors[:, : self.filled], slice(self.filled, self.filled + b)
+        new = self.vectors[:, there].copy_(directions)
+        new /= torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp(min=1e-30)
         for _ in range(2):
             if self.filled:
-                new = new - (new @ self.vectors[:, : self.filled].mT) @ self.vectors[:, : self.filled]
-            new = torch.linalg.qr(new.mT)[0].mT
-        there = slice(self.filled, self.filled + b)
-        self.vectors[:, there] = new
-        products = self.matrices.product(new.reshape(n * b, size), self.problems.repeat_interleave(b))
-        self.products[:, there] = products.reshape(n, b, size)
-        self.filled, self.count = self.filled + b, self.count + b
-        columns = (self.vectors[:, : self.filled] @ self.products[:, there].mT).to("cpu", torch.float64)
+                new.baddbmm_(new @ basis.mT, basis, alpha=-1)
+            make_orthonormal(new)
+        self.filled += b
+        self._take(there, self._multiplied(there, self.matrices if by is None else by), errors)
+
+    def multiply_anew(self, there: slice, by: Matrices) -> Tensor:
+        """Replace the products of some vectors (n, b, p) by those of other matrices, its own from here on.
+
+        Returns
+        -------
+        Tensor
+            Norms of the differences, shape (n, b).
+        """
+        self.matrices = by
+        products = self._multiplied(there, by)
+        difference = self.products[:, there].sub_(products)
+        norms: Tensor = torch.linalg.vector_norm(difference, dim=-1).to("cpu", torch.float64)
+        self._take(there, products)
+        return norms
+
+    def _multiplied(self, there: slice, by: Matrices) -> Tensor:
+        """Return the products of some vectors (n, b, p) of the basis."""
+        vectors = self.vectors[:, there]
+        n, b, size = vectors.shape
+        products = by.product(vectors.reshape(n * b, size), self.problems.repeat_interleave(b))
+        self.count = self.count + b
+        return products.reshape(n, b, size)
+
+    def _take(self, there: slice, products: Tensor, errors: Tensor | None = None) -> None:
+        """Take the products of some vectors, and bounds (n,) of their errors if they have some."""
+        self.products[:, there] = products
+        self.errors[:, there] = 0.0 if errors is None else errors[:, None]
+        columns = self.vectors[:, : self.filled] @ products.mT
+        if errors is not None:  # those of the vectors before tell the same, without
+            columns[:, : there.start] = self.products[:, : there.start] @ self.vectors[:, there].mT
+        columns = columns.to("cpu", torch.float64)
         self.projected[:, : self.filled, there] = columns
         self.projected[:, there, : self.filled] = columns.mT
-        norms = torch.linalg.vector_norm(self.products[:, there], dim=-1).amax(-1)
+        norms = torch.linalg.vector_norm(products, dim=-1).amax(-1)
         self.scale = torch.maximum(self.scale, norms.to("cpu", torch.float64))
         self.follows_recurrence = False
 
@@ -189,7 +230,10 @@ class Subspace:
         return Ritz(eigenvalues.gather(1, order), coefficients, estimates)
 
     def residuals(self, ritz: Ritz, n_pairs: int, chunk: int = 1 << 16) -> Tensor:
-        """Return the norms of ``A v - lambda v`` of the first Ritz pairs, shape (n, n_pairs)."""
+        """Return the norms of ``A v - lambda v`` of the first Ritz pairs, shape (n, n_pairs).
+
+        Where products have errors these are bounds.
+        """
         # In units of the matrix, whose numbers may be so small that their squares vanish in float32.
         unit = torch.where(self.scale > 0, self.scale, 1.0)[:, None]
         of_products = ritz.coefficients[:, :n_pairs] / unit[..., None]
@@ -200,16 +244,20 @@ class Subspace:
             there = (slice(None), slice(self.filled), slice(start, start + chunk))
             parts = torch.baddbmm(left @ self.products[there], right, self.vectors[there])
             squares += torch.linalg.vector_norm(parts, dim=-1).double().square()
-        return squares.sqrt().cpu() * unit
+        return squares.sqrt().cpu() * unit + self._error_bounds(ritz, n_pairs)
+
+    def _error_bounds(self, ritz: Ritz, n_pairs: int) -> Tensor:
+        """Return bounds of the errors of ``A v`` of the first Ritz pairs, shape (n, n_pairs)."""
+        bounds: Tensor = ritz.coefficients[:, :n_pairs].abs() @ self.errors[:, : self.filled, None]
+        return bounds[..., 0]
 
     def residual_vectors(self, ritz: Ritz, pairs: Sequence[int]) -> Tensor:
         """Return ``A v - lambda v`` of some Ritz pairs, shape (n, pairs, p)."""
         chosen = list(pairs)
         coefficients = ritz.coefficients[:, chosen].to(self.vectors)
-        eigenvalues = ritz.eigenvalues[:, chosen, None].to(self.vectors)
+        of_vectors = -ritz.eigenvalues[:, chosen, None].to(self.vectors) * coefficients
         basis, products = self.vectors[:, : self.filled], self.products[:, : self.filled]
-        residuals: Tensor = coefficients @ products - eigenvalues * (coefficients @ basis)
-        return residuals
+        return torch.bmm(coefficients, products).baddbmm_(of_vectors, basis)
 
     def restart(self, ritz: Ritz, keep: int) -> None:
         """Keep the best Ritz vectors; the next vector stays the next."""
@@ -219,6 +267,7 @@ class Subspace:
         rotate_in_place(self.products, coefficients, self.filled)
         if newest is not None:
             self.vectors[:, keep] = newest
+        self.errors[:, :keep] = self._error_bounds(ritz, keep)
         self.projected.zero_()
         self.projected[:, :keep, :keep] = torch.diag_embed(ritz.eigenvalues[:, :keep])
         self.scale = torch.maximum(self.scale, ritz.eigenvalues.abs().amax(-1))
@@ -239,7 +288,7 @@ class Subspace:
         chosen = object.__new__(type(self))
         chosen.matrices, chosen.capacity, chosen.filled = self.matrices, self.capacity, self.filled
         chosen.follows_recurrence = self.follows_recurrence
-        for name in ("problems", "projected", "next_norm", "scale", "count"):
+        for name in ("problems", "projected", "next_norm", "scale", "count", "errors"):
             setattr(chosen, name, getattr(self, name)[mask])
         there = mask.to(self.vectors.device)
         chosen.vectors, chosen.products = self.vectors[there], self.products[there]
@@ -260,7 +309,7 @@ class Subspace:
         filled = parts[0].filled
         whole = Subspace(parts[0].matrices, torch.cat([part.problems for part in parts])[order], capacity)
         whole.filled, whole.follows_recurrence = filled, False
-        for name in ("projected", "next_norm", "scale", "count"):
+        for name in ("projected", "next_norm", "scale", "count", "errors"):
             setattr(whole, name, torch.cat([getattr(part, name) for part in parts])[order])
         there = order.to(whole.vectors.device)
         whole.vectors[:, :filled] = torch.cat([part.vectors[:, :filled] for part in parts])[there]
@@ -268,28 +317,28 @@ class Subspace:
         return whole
 
     def _orthogonalised(self, vector: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project the basis out of vectors; also return the coefficients and the norms left."""
+        """Project the basis out of vectors, in place; return them, the coefficients and the norms left."""
         total = torch.zeros(len(vector), self.filled, dtype=torch.float64)
         if self.filled > 2 and self.follows_recurrence:
             # In exact arithmetic Lanczos leaves the two newest alone. Once they are out, one pass over the
             # whole basis is enough most of the time.
             newest = slice(self.filled - 2, self.filled)
-            vector = self._projected_out(vector, newest, total)
+            self._project_out(vector, newest, total)
             before = torch.linalg.vector_norm(vector, dim=-1).to("cpu", torch.float64)
         after = before
         for _ in range(3 if self.filled else 0):
-            vector = self._projected_out(vector, slice(self.filled), total)
+            self._project_out(vector, slice(self.filled), total)
             after = torch.linalg.vector_norm(vector, dim=-1).to("cpu", torch.float64)
             if bool((after > _CANCELLATION * before).all()):
                 break
             before = after
         return vector, total, after
 
-    def _projected_out(self, vector: Tensor, which: slice, total: Tensor) -> Tensor:
+    def _project_out(self, vector: Tensor, which: slice, total: Tensor) -> None:
         basis = self.vectors[:, which]
         coefficients = torch.bmm(basis, vector[:, :, None])
         total[:, which] += coefficients[:, :, 0].to("cpu", torch.float64)
-        return torch.baddbmm(vector[:, :, None], basis.mT, coefficients, alpha=-1)[:, :, 0]
+        vector[:, :, None].baddbmm_(basis.mT, coefficients, alpha=-1)
 
     def _aim_randomly(self, where: Tensor) -> None:
         """Put random unit vectors orthogonal to the basis after it, in the problems of the mask."""
@@ -303,6 +352,28 @@ class Subspace:
             vector = vector - (basis.mT @ (basis @ vector[:, :, None]))[:, :, 0]
             vector = vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
         self.vectors[there, self.filled] = vector
+
+
+def make_orthonormal(vectors: Tensor) -> None:
+    """Replace unit vectors (n, b, p) by an orthonormal basis of their span, in place.
+
+    By the Cholesky factor of their Gram matrix, which takes two passes over them, or by QR where they
+    are nearly dependent and the Gram matrix does not tell.
+
+    Examples
+    --------
+    >>> vectors = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
+    >>> make_orthonormal(vectors)
+    >>> torch.allclose(vectors @ vectors.mT, torch.eye(2))
+    True
+    """
+    gram = (vectors @ vectors.mT).to("cpu", torch.float64)
+    if bool((torch.linalg.eigvalsh(gram)[:, 0] > _INDEPENDENT * gram.shape[1]).all()):
+        unit = torch.eye(gram.shape[1], dtype=torch.float64).expand_as(gram)
+        rotation = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), unit, upper=False)
+        rotate_in_place(vectors, rotation.to(vectors), vectors.shape[1])
+    else:
+        vectors.copy_(torch.linalg.qr(vectors.mT)[0].mT)
 
 
 def rotate_in_place(vectors: Tensor, coefficients: Tensor, length: int, chunk: int = 1 << 16) -> None:

@@ -230,7 +230,11 @@ def test_fastest__is_float32_on_processors_of_all_kinds(isa: str) -> None:
     ("check", "name", "message"),
     [
         (check_precision, "half", "precision must be one of 'full', 'bfloat16'; got 'half'"),
-        (check_matrix_products, "mkl", "matrix_products must be one of 'fastest', 'default'; got 'mkl'"),
+        (
+            check_matrix_products,
+            "mkl",
+            "matrix_products must be one of 'fastest', 'full', 'default'; got 'mkl'",
+        ),
     ],
 )
 def test_unknown_name__is_refused(check: Callable[[str], None], name: str, message: str) -> None:
