@@ -209,16 +209,19 @@ class LinearChain:
         """Leave R z and R h of all layers."""
         for i, layer in enumerate(self._layers):
             z, vector = tile.z[i], vectors.get(layer.weight)
-            if vector is None:
-                z.zero_()
-            else:
+            bias = None if layer.bias is None else vectors.get(layer.bias)
+            if vector is not None:
                 torch.mm(layer.h[tile.there], vector.flatten(0, 1).T, out=z.flatten(1))
+            elif bias is not None:
+                z.copy_(bias)
+            else:
+                z.zero_()
             if i:
                 slope = self._activations[i - 1].slope[tile.there, None]
                 torch.mul(tile.z[i - 1], slope, out=tile.h[i - 1])
                 z.flatten(0, 1).addmm_(tile.h[i - 1].flatten(0, 1), layer.matrix.T)
-            if layer.bias is not None and layer.bias in vectors:
-                z += vectors[layer.bias]
+            if vector is not None and bias is not None:
+                z += bias
 
     def _backwards(
         self, vectors: Mapping[str, Tensor], products: Mapping[str, Tensor], tile: _Tile, beta: int
