@@ -185,6 +185,8 @@ class Spectrum(Probe):
         # forgotten before: whatever goes wrong, the next record begins with a fresh search
         earlier, self._earlier = self._earlier, {}
         is_cold = self._n_records % self.cold_every == 0
+        # another for each fresh search: a pair that one start vector hardly holds is not missed by all
+        seed = self.options.seed + self._n_records // self.cold_every
         self._n_records += 1
         if not blocks:
             return {}
@@ -204,7 +206,7 @@ class Spectrum(Probe):
             start=None if is_cold else earlier,
             guard=self.options.guard,
             probe_steps=self.options.probe_steps,
-            seed=self.options.seed,
+            seed=seed,
         )
         if self.cold_every > 1:
             self._earlier = {
@@ -327,7 +329,7 @@ class Hessian(Spectrum):
         Keep the whole block as ``matrix`` where it has at most this many parameters.
     cold_every
         Of blocks solved through products, every so many records are searched from random
-        vectors. Those between begin with the eigenvectors of the record before, which takes
+        vectors, others each time. Those between begin with the eigenvectors of the record before, which takes
         a quarter to two thirds of the products; an outlier that emerges from directions of
         its own is found at the next fresh search at the latest. 1 searches afresh each time.
         A resumed run goes on from the stored eigenvectors, bit for bit; where ``sketch``

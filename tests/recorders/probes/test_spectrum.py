@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import hild_xr as hx
 from hild_xr import analysis
 from hild_xr import recorders as rec
-from hild_xr.recorders.curvature import Curvature
+from hild_xr.recorders.curvature import Curvature, solve
+from hild_xr.recorders.curvature.lanczos import lanczos_eigenpairs
+from hild_xr.recorders.curvature.pairs import Eigenpairs
 from hild_xr.sketch import sketch_model
 from hild_xr.store.errors import PlanMismatchError
 
@@ -332,6 +334,23 @@ def test_resume__begins_with_the_stored_eigenvectors_bit_for_bit(tmp_path: Path,
             parts[name].to_dataset().drop_vars("committed", errors="ignore"),
         )
     assert int(whole["hessian/n_matvec"].min()) < int(whole["hessian/n_matvec"].max())
+
+
+def test_fresh_searches__begin_at_other_random_vectors_also_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair that one start vector hardly holds is missed; the next search must not begin there again."""
+    seeds: list[int] = []
+
+    def noted(*args: Any, seed: int, **kwargs: Any) -> Eigenpairs:
+        seeds.append(seed)
+        return lanczos_eigenpairs(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(solve, "lanczos_eigenpairs", noted)
+    probe = rec.Hessian(3, layers=["weight"], cold_every=2, dense_up_to=0)
+    record_quadratic(tmp_path / "run.zarr", probe, 50, steps=9)
+    record_quadratic(tmp_path / "run.zarr", probe, 50, steps=12, resume_at=9)
+    assert seeds == [record // 2 for record in range(13)]
 
 
 def test_cold_every__below_one_is_refused() -> None:
