@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -210,7 +210,7 @@ def lanczos_eigenpairs(
     deadline = time.monotonic() + max_seconds
     cheap = None
     if rounded is not None and tol >= ROUNDED_FROM and basis_size >= 2 * wanted and budget > 4 * wanted:
-        cheap = replace(matrices, matvec=rounded)
+        cheap = matrices.multiplied_by(rounded)
         budget += _rounded_budget(wanted) if max_matvec is None else 0
     search = _Search(k, wanted, which, tol, budget, deadline, basis_size, probe_steps, cheap)
     return search.run(Subspace(matrices, torch.arange(n_problems), basis_size), start)
@@ -335,7 +335,11 @@ class _Search:
     def certain(self, space: Subspace, found: Tensor, errors: Tensor) -> Tensor:
         """Count the pairs that are certain after a probe, shape (n,); ``errors`` are those of ``found``."""
         size = space.matrices.size
-        return certain_pairs(found, self.k, self.which, space.scale, size, self.probe_steps, errors)
+        certain = certain_pairs(found, self.k, self.which, space.scale, size, self.probe_steps, errors)
+        # what the probe vouched for must be what is returned
+        now = space.ritz(self.which).eigenvalues[:, : self.k]
+        same = (now - found[:, : self.k]).abs() <= errors[:, None] + self.tol * space.scale[:, None]
+        return torch.minimum(certain, same.cumprod(1).sum(1))
 
     def warm(self, space: Subspace, start: Tensor) -> Subspace:
         """Begin with vectors that were eigenvectors a moment ago."""

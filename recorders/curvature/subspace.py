@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -58,6 +58,12 @@ class Matrices:
         if not bool(torch.linalg.vector_norm(products, dim=-1).isfinite().all()):
             raise NonFiniteCurvatureError(self.name, "a product")
         return products
+
+    def multiplied_by(self, matvec: Callable[[Tensor, Tensor], Tensor]) -> Matrices:
+        """Return matrices that stand for these; random vectors of both are drawn from one source."""
+        others = replace(self, matvec=matvec)
+        object.__setattr__(others, "_generator", self._generator)  # type: ignore[attr-defined]
+        return others
 
     def random(self, n: int) -> Tensor:
         """Return n random vectors."""

@@ -95,6 +95,19 @@ def test_eigenpairs__are_those_of_the_exact_products(name: str, which: Which) ->
     check_honest(pairs, matrix, 1e-3)
 
 
+def test_probe__does_not_begin_where_the_search_did() -> None:
+    """From there it would see no more than the search."""
+    matrix, seen = planted(SPECTRA["outliers"]), []
+
+    def noted(vectors: Tensor, _: Tensor) -> Tensor:
+        seen.append(vectors[0].clone())
+        return vectors @ matrix
+
+    lanczos_eigenpairs(exact_product(matrix), 300, 3, rounded=noted)
+    start, *others = seen
+    assert float((torch.stack(others) @ start).abs().max()) < 0.5
+
+
 def test_rounded_products__alone_would_not_do() -> None:
     """What the correction is for: Ritz pairs of a rounded search have residuals above the tolerance."""
     matrix = planted(SPECTRA["outliers"])
