@@ -84,7 +84,8 @@ class Search:
     Examples
     --------
     >>> diagonal = torch.arange(50.0)
-    >>> matrices = Matrices(lambda vectors, _: vectors * diagonal, 50, torch.float32, torch.device("cpu"), "", 0)
+    >>> product = lambda vectors, problems: vectors * diagonal
+    >>> matrices = Matrices(product, 50, torch.float32, torch.device("cpu"), "diagonal", seed=0)
     >>> search = Search(1, 2, "largest", 1e-3, 100, float("inf"), 20, 8)
     >>> search.run(Subspace(matrices, torch.tensor([0]), 20), None).eigenvalues.round(decimals=2)
     tensor([[49.]], dtype=torch.float64)
@@ -337,7 +338,7 @@ class Search:
         return min(self.budget - 3 * self.wanted, rounded_budget(self.wanted))
 
     def is_time_to_look(self, space: Subspace, steps: int, min_steps: int, n_pairs: int) -> bool:
-        """Whether the Ritz pairs are looked at now: when that is free, or now and then, or for the last time."""
+        """Whether the Ritz pairs are looked at now: where it is free, else now and then, and at the end."""
         if space.filled < n_pairs:
             return False
         if space.full or space.exhausted or self.is_cut_short(space):
