@@ -168,7 +168,7 @@ def lanczos_eigenpairs(
     matrices = Matrices(matvec, size, dtype, torch.device(device), name, seed)
     deadline = time.monotonic() + max_seconds
     cheap = None
-    if rounded is not None and tol >= ROUNDED_FROM and basis_size >= 2 * wanted and budget > 4 * wanted:
+    if rounded is not None and tol >= ROUNDED_FROM and basis_size >= 2 * wanted and budget > 8 * wanted:
         cheap = matrices.multiplied_by(rounded)
         budget += rounded_budget(wanted) if max_matvec is None else 0
     search = Search(k, wanted, which, tol, budget, deadline, basis_size, probe_steps, cheap)

@@ -115,7 +115,8 @@ class LinearChain:
     ) -> None:
         self._layers, self._activations, self._behind = tuple(layers), tuple(activations), behind
         self._space: _Space | None = None
-        self._whole, self._rounded = self, None  # type: LinearChain, LinearChain | None
+        self._whole: LinearChain | None = None  # of which this is a part; no cycle, which would keep memory
+        self._rounded: LinearChain | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,14 +143,14 @@ class LinearChain:
             return None
         first = next(i for i, layer in enumerate(self._layers) if {layer.weight, layer.bias} & asked)
         part = LinearChain(self._layers[first:], self._activations[first:], self._behind)
-        part._whole = self._whole
+        part._whole = self._whole or self
         return part
 
-    @property
-    def work(self) -> int:
-        """Multiplications of a product, in those of matrices."""
-        weights = [layer.matrix.numel() for layer in self._layers]
-        return 2 * len(self._layers[0].h) * (sum(weights) + sum(weights[1:]))
+    def work(self, names: Collection[str]) -> int:
+        """Return the multiplications of a product with the block of some parameters, in those of matrices."""
+        through = [layer.matrix.numel() for layer in self._layers[1:]]
+        own = [0 if layer.weight not in names else layer.matrix.numel() for layer in self._layers]
+        return 2 * len(self._layers[0].h) * (sum(through) + sum(own) + sum(own[1:]))
 
     @property
     def nbytes(self) -> int:
@@ -159,10 +160,9 @@ class LinearChain:
     def rounded(self) -> LinearChain:
         """Return the chain with its numbers rounded to bfloat16, whose products are some thousandths off.
 
-        Their sums over samples are not rounded where the products are to be float32. It takes no more memory
-        than the chain, and is made once for all parts of one.
+        It takes no more memory than the chain, and is made once for all parts of one.
         """
-        whole = self._whole
+        whole = self._whole or self
         if whole._rounded is None:
             whole._rounded = whole._made_rounded()
         part = whole._rounded.holding(self.names)
@@ -181,10 +181,10 @@ class LinearChain:
             for layer in self._layers
         ]
         activations = [ChainActivation(_low(one.slope), _low(one.bend)) for one in self._activations]
-        behind = self._behind
+        behind, dtype = self._behind, self.dtype
         if isinstance(behind, Tensor):
             return LinearChain(layers, activations, _low(behind))
-        return LinearChain(layers, activations, lambda directions: _low(behind(directions.to(self.dtype))))
+        return LinearChain(layers, activations, lambda directions: _low(behind(directions.to(dtype))))
 
     def multiply(self, vectors: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> None:
         """Multiply n vectors with the Hessian block of the named parameters.

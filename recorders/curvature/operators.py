@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hild_xr.recorders.curvature.sample_gradients import GradientSampler, SampleGradients
 
 
-_WORTH_ROUNDING = 2**28  # multiplications of a product, from which on it takes less than half the time
+_LARGE = 2**12  # dimension from which on rounding errors, in any direction, hardly meet those looked for
+_WORTH_ROUNDING = 2**28  # multiplications of a product, from which on rounding saves more than it takes
 
 
 class BlockOperator(ABC):
@@ -204,8 +205,9 @@ class ChainHessian(BlockOperator):
     def rounded(self) -> ChainHessian | None:
         """Return the same block of factors rounded to bfloat16, where that is allowed and pays."""
         chain = self._chain
-        pays = chain.work >= _WORTH_ROUNDING and 2 * chain.nbytes <= self._max_bytes
-        if chain.dtype != torch.float32 or not pays or not may_round(self.device):
+        pays = self.size >= _LARGE and chain.work(self.block.parameters) >= _WORTH_ROUNDING
+        fits = chain.dtype == torch.float32 and 2 * chain.nbytes <= self._max_bytes
+        if not (pays and fits and may_round(self.device)):
             return None
         low = chain.rounded()
         return ChainHessian(self.block, low, self._measuring, self._l2, self.dtype, self.device)

@@ -30,8 +30,8 @@ _CHECK_EVERY = 4
 _WARM_LEAK = 2.0
 """Times the tolerance: how far the old eigenvectors may have turned to be corrected one by one."""
 
-_WARM_ROUNDS = 4
-"""Corrections after which that has failed and Lanczos takes over."""
+_ROUNDS = 4
+"""Corrections after which these have failed and Lanczos takes over."""
 
 _ROUNDED_STOP = 0.8
 """Part of the residual otherwise looked for at which a search by rounded products ends: errors are added."""
@@ -105,13 +105,31 @@ class Search:
         """Solve, from an empty subspace and perhaps from vectors (n, s, p) near the eigenvectors."""
         if start is not None:
             return self.certify(self.warm(space, start.to(space.vectors)), torch.tensor(0))
-        exact = space.matrices
         space.aim_randomly()
-        space, sure = self.probed(self.first_found(space))
-        found, exhausted = space.ritz(self.which).eigenvalues[:, : self.wanted], space.exhausted
-        space, errors = self.made_exact(space, exact)
-        certain = self.certain(space, found, 2 * errors)
-        return self.certify(space, torch.where(sure, self.k if exhausted else certain, 0))
+        space, certain = self.searched(space)
+        return self.certify(space, certain)
+
+    def searched(self, space: Subspace, *, probe: bool = True) -> tuple[Subspace, Tensor]:
+        """Search from the vector aimed at; also return how many pairs are certain after a probe, shape (n,).
+
+        By rounded products if there are. Where these do not lead to good pairs at once, they may have led to
+        others than those asked for: the search begins anew then, as if they had not been.
+        """
+        if self.rounded is not None:
+            exact, aim = space.matrices, space.vectors[:, 0].clone()
+            space.matrices = self.rounded
+            space = self.until_found(space)
+            if not self.is_too_small(space, space.ritz(self.which)).any():
+                space, sure = self.probed(space) if probe else (space, _none(space))
+                found = space.ritz(self.which).eigenvalues
+                errors = self.make_exact(space, exact)
+                told = not self.not_good_enough(space) and not self.is_cut_in_cluster(found, errors)
+                if told or 2 * int(space.count.max()) > self.budget:
+                    return space, self.certain(space, sure, found, 2 * errors)
+            space = self.begun_anew(space, exact, aim)
+        space = self.until_found(space)
+        space, sure = self.probed(space) if probe else (space, _none(space))
+        return space, self.certain(space, sure, space.ritz(self.which).eigenvalues)
 
     def probed(self, space: Subspace) -> tuple[Subspace, Tensor]:
         """Look for what a search missed; also return whether nothing more is to be found, shape (n,)."""
@@ -137,55 +155,50 @@ class Search:
             pending = pending & ~stayed
         return space, sure | space.exhausted
 
-    def first_found(self, space: Subspace) -> Subspace:
-        """Search from the vector aimed at, by rounded products if there are and if they can tell."""
-        if self.rounded is None:
-            return self.until_found(space)
-        exact, aim = space.matrices, space.vectors[:, 0].clone()
-        space.matrices = self.rounded
-        space = self.until_found(space)
-        if not bool(self.is_too_small(space, space.ritz(self.which)).any()):
-            return space
-        space.matrices = exact
-        return self.until_found(self.begun_anew(space, aim))
-
     def is_too_small(self, space: Subspace, ritz: Ritz) -> Tensor:
         """Whether pairs asked for drown in the errors of rounded products, shape (n,)."""
         return ritz.eigenvalues[:, : self.k].abs().amin(-1) < _ROUNDED_SPAN * space.scale
 
+    def is_cut_in_cluster(self, found: Tensor, errors: Tensor) -> bool:
+        """Whether all pairs that guard the others lie within the errors (n,): more may then be as large."""
+        gaps = self.gaps(found[:, : self.wanted])
+        return gaps.shape[1] > 0 and bool((gaps <= 2 * errors[:, None]).all(1).any())
+
     @staticmethod
-    def begun_anew(space: Subspace, aim: Tensor) -> Subspace:
+    def begun_anew(space: Subspace, matrices: Matrices, aim: Tensor) -> Subspace:
         """Forget all but how many products were spent, and go in a direction (n, p)."""
-        space.filled = 0
+        space.matrices, space.filled = matrices, 0
         space.projected.zero_()
         space.scale.zero_()
         space.aim(aim)
         return space
 
-    def made_exact(self, space: Subspace, exact: Matrices) -> tuple[Subspace, Tensor]:
+    def make_exact(self, space: Subspace, exact: Matrices) -> Tensor:
         """Multiply anew what was found by rounded products, and correct it.
 
-        Also return the largest error of theirs, shape (n,).
+        First by rounded products of the residuals, then by exact ones. Return the largest error of a rounded
+        product, shape (n,).
         """
-        if space.matrices is not self.rounded:
-            return space, torch.zeros(len(space.problems), dtype=torch.float64)
         values = space.ritz(self.which).eigenvalues[:, : self.wanted]
         space.filled = self.k
         errors = space.multiply_anew(slice(self.k), exact).amax(-1)
         # a pair beyond that lies within the errors may be one of those asked for
-        near = int((self.gaps(values) <= 2 * errors[:, None]).any(0).sum())
-        space.filled += near
-        if near:
+        near = (self.gaps(values) <= 2 * errors[:, None]).any(0).nonzero()
+        if len(near):
+            space.filled += 1 + int(near.max())
             space.multiply_anew(slice(self.k, space.filled), exact)
         known, bad = space.filled, self.not_good_enough(space)
         if bad:
-            space.append(
-                space.residual_vectors(space.ritz(self.which), bad), by=self.rounded, errors=_BOUND * errors
-            )
-            if not self.not_good_enough(space):
-                return space, errors
-            space.multiply_anew(slice(known, space.filled), exact)
-        return Subspace.joined(self.corrected(space), self.capacity), errors
+            residuals = space.residual_vectors(space.ritz(self.which), bad)
+            space.append(residuals, by=self.rounded, errors=_BOUND * errors)
+            if self.not_good_enough(space):
+                space.multiply_anew(slice(known, space.filled), exact)
+        for _ in range(_ROUNDS):
+            bad = self.not_good_enough(space)
+            if not bad or space.filled + len(bad) > self.capacity:
+                break
+            space.append(space.residual_vectors(space.ritz(self.which), bad))
+        return errors
 
     def not_good_enough(self, space: Subspace) -> list[int]:
         """Return which of the pairs asked for have too large a residual in one of the problems."""
@@ -199,14 +212,21 @@ class Search:
         larger = torch.maximum(values[:, 1:].abs(), values[:, :-1].abs())
         return (values.diff(dim=1) <= self.tol * larger).any(-1)
 
-    def certain(self, space: Subspace, found: Tensor, errors: Tensor) -> Tensor:
-        """Count the pairs that are certain after a probe, shape (n,); ``errors`` are those of ``found``."""
+    def certain(self, space: Subspace, sure: Tensor, found: Tensor, errors: Tensor | None = None) -> Tensor:
+        """Count the certain pairs of problems that a probe left as they were, shape (n,).
+
+        ``found`` are the eigenvalues then, shape (n, wanted), ``errors`` (n,) how far they may be off.
+        """
+        off = torch.zeros(len(sure), dtype=torch.float64) if errors is None else errors
         size = space.matrices.size
-        certain = certain_pairs(found, self.k, self.which, space.scale, size, self.probe_steps, errors)
+        if found.shape[1] == size:  # the whole space was searched
+            return torch.where(sure, self.k, 0)
+        found = found[:, : self.wanted]
+        certain = certain_pairs(found, self.k, self.which, space.scale, size, self.probe_steps, off)
         # what the probe vouched for must be what is returned
         now = space.ritz(self.which).eigenvalues[:, : self.k]
-        same = (now - found[:, : self.k]).abs() <= errors[:, None] + self.tol * space.scale[:, None]
-        return torch.minimum(certain, same.cumprod(1).sum(1))
+        same = (now - found[:, : self.k]).abs() <= (off + self.tol * space.scale)[:, None]
+        return torch.where(sure, torch.minimum(certain, same.cumprod(1).sum(1)), 0)
 
     def warm(self, space: Subspace, start: Tensor) -> Subspace:
         """Begin with vectors that were eigenvectors a moment ago."""
@@ -217,8 +237,7 @@ class Search:
             turned[:] = True
         parts = []
         if bool(turned.any()):
-            exact, found = space.matrices, self.first_found(space.select(turned))
-            parts.append(self.best(self.made_exact(found, exact)[0]))
+            parts.append(self.best(self.searched(space.select(turned), probe=False)[0]))
         if not bool(turned.all()):
             near = start[~turned.to(start.device)]
             parts.extend(map(self.best, self.corrected(self.with_start(space.select(~turned), near))))
@@ -248,7 +267,7 @@ class Search:
     def corrected(self, space: Subspace) -> list[Subspace]:
         """Multiply the residuals of the pairs that are not good enough, until all are."""
         finished: list[Subspace] = []
-        for _ in range(_WARM_ROUNDS):
+        for _ in range(_ROUNDS):
             ritz = space.ritz(self.which)
             large = space.residuals(ritz, self.k) > self.allowed(space, ritz, self.k)
             pairs = large.any(0).nonzero()[:, 0].tolist()
@@ -268,7 +287,7 @@ class Search:
         if int(space.count.max()) + self.wanted > self.budget:
             return [*finished, space]  # no search can end within the products left
         sums = space.vectors[:, : self.k].sum(1)
-        return [*finished, self.until_found(self.begun_anew(space, sums))]
+        return [*finished, self.until_found(self.begun_anew(space, space.matrices, sums))]
 
     def allowed(self, space: Subspace, ritz: Ritz, n_pairs: int) -> Tensor:
         """Return the residual at which each of the first pairs is good enough, shape (n, n_pairs)."""
@@ -308,7 +327,7 @@ class Search:
                 ritz = space.ritz(self.which)
                 done = self.is_found(space, ritz, n_pairs, more) & (steps >= min_steps)
                 done = done | space.exhausted | self.is_cut_short(space)
-                if space.full and space.matrices is self.rounded:
+                if space.matrices is self.rounded and space.filled >= 2 * self.wanted:
                     done = done | self.is_too_small(space, ritz)
                 if bool(done.any()):
                     finished.append(self.taken_out(space, ritz, done, self.wanted))
@@ -335,7 +354,7 @@ class Search:
         """Return the budget, less what it takes to make rounded products exact."""
         if space.matrices is not self.rounded:
             return self.budget
-        return min(self.budget - 3 * self.wanted, rounded_budget(self.wanted))
+        return min(self.budget - (3 + _ROUNDS) * self.wanted, rounded_budget(self.wanted))
 
     def is_time_to_look(self, space: Subspace, steps: int, min_steps: int, n_pairs: int) -> bool:
         """Whether the Ritz pairs are looked at now: where it is free, else now and then, and at the end."""
@@ -361,3 +380,7 @@ class Search:
         vectors = space.taken_apart(ritz, self.k)
         eigenvalues, certain = ritz.eigenvalues[:, : self.k], certain.expand_as(space.count)
         return certified(eigenvalues, vectors, norms, space.scale, self.tol, space.count, certain)
+
+
+def _none(space: Subspace) -> Tensor:
+    return torch.zeros(len(space.problems), dtype=torch.bool)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # the Ritz values are made up, also in float64 at a loose tolerance.
 _CANCELLATION = 0.7
 
+_IN_BASIS = 1e-5
+"""Length that projection leaves of a unit vector below which it is noise."""
+
 _INDEPENDENT = 1e-3
 """Smallest eigenvalue of a Gram matrix, in the number of its unit vectors, at which it may be inverted."""
 
@@ -178,14 +181,19 @@ class Subspace:
         By other matrices than its own, which stand for these, if they are given with a bound (n,) on the
         errors of their products.
         """
-        b = directions.shape[1]
+        b, size = directions.shape[1:]
         basis, there = self.vectors[:, : self.filled], slice(self.filled, self.filled + b)
         new = self.vectors[:, there].copy_(directions)
         new /= torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp(min=1e-30)
-        for _ in range(2):
-            if self.filled:
-                new.baddbmm_(new @ basis.mT, basis, alpha=-1)
-            make_orthonormal(new)
+        for _ in range(3):
+            new.baddbmm_(new @ basis.mT, basis, alpha=-1)
+            lost = torch.linalg.vector_norm(new, dim=-1) < _IN_BASIS
+            if not bool(lost.any()):
+                break
+            new[lost] = self.matrices.random(int(lost.sum())) / size**0.5  # any other direction will do
+        make_orthonormal(new)
+        new.baddbmm_(new @ basis.mT, basis, alpha=-1)
+        make_orthonormal(new)
         self.filled += b
         self._take(there, self._multiplied(there, self.matrices if by is None else by), errors)
 
