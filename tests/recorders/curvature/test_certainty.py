@@ -27,6 +27,16 @@ def _bulk(size: int) -> Tensor:
     return torch.linspace(-1, 1, size, dtype=torch.float64)
 
 
+def test_errors__take_certainty_from_pairs_near_the_rest() -> None:
+    found = torch.tensor([[50.0, 40.0, 2.6, 1.1, 1.0]], dtype=torch.float64)
+    scale = torch.tensor([50.0], dtype=torch.float64)
+    counts = [
+        int(certain_pairs(found, 4, "magnitude", scale, 1000, 8, torch.tensor([errors])))
+        for errors in (0.0, 1.2, 38.9, 48.9)
+    ]
+    assert counts == [3, 2, 1, 0]
+
+
 def test_outliers__are_certain_where_they_stand_apart_and_the_bulk_is_not() -> None:
     outliers = torch.tensor([9.0, -8.0, 7.0, 6.0], dtype=torch.float64)
     pairs = _solved(torch.cat([outliers, _bulk(2000)]), 6)

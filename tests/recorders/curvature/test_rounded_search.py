@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hild_xr.recorders.curvature import Curvature, linear_chain, operators, precision, resolve_blocks
+from hild_xr.recorders.curvature import Curvature, linear_chain, operators, precision, resolve_blocks, search
+from hild_xr.recorders.curvature.certainty import certain_pairs
 from hild_xr.recorders.curvature.errors import NonFiniteCurvatureError
 from hild_xr.recorders.curvature.graph import LossGraph
 from hild_xr.recorders.curvature.lanczos import lanczos_eigenpairs
@@ -131,6 +132,43 @@ def test_cluster__that_the_cut_goes_through_is_left_to_exact_products(seed: int,
     assert float(missing) <= float(missing_alone) + 5e-3  # a thousandth
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_pair_beyond__within_the_errors_may_be_one_of_those_asked_for(seed: int) -> None:
+    """From both ends in turn, the first pair beyond is one of the other end, and far from the cut."""
+    tops = [9.0, 7.0, 5.0, 4.9996, -8.0, -6.0, -3.0]
+    matrix = planted(torch.cat([torch.tensor(tops).double(), torch.linspace(-0.5, 0.5, 113).double()]), seed)
+    pairs = lanczos_eigenpairs(
+        exact_product(matrix), 120, 5, which="both", seed=seed, rounded=rounded_product(matrix)
+    )
+    expected = torch.tensor([9.0, -8.0, 7.0, -6.0, 5.0], dtype=torch.float64)
+    torch.testing.assert_close(pairs.eigenvalues[0], expected, rtol=0, atol=1e-4)
+
+
+def test_certainty__is_reckoned_with_twice_the_errors_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, reckoned = planted(SPECTRA["outliers"]), []
+
+    def noted(*args: Any) -> Tensor:
+        reckoned.append(float(args[-1]))
+        return certain_pairs(*args)
+
+    monkeypatch.setattr(search, "certain_pairs", noted)
+    pairs = lanczos_eigenpairs(exact_product(matrix), 300, 5, rounded=rounded_product(matrix))
+    vectors, rows = pairs.eigenvectors[0], torch.zeros(5, dtype=torch.int64)
+    errors = (rounded_product(matrix)(vectors, rows) - vectors @ matrix).norm(dim=1)
+    assert reckoned == [pytest.approx(2 * float(errors.max()), rel=0.5)]
+    lanczos_eigenpairs(exact_product(matrix), 300, 5)
+    assert reckoned[1:] == [0.0]
+
+
+def test_correction__takes_fewer_exact_products_than_a_search_where_eigenvalues_lie_close() -> None:
+    matrix = planted(SPECTRA["no outliers"])
+    exact = Counted(exact_product(matrix))
+    pairs = lanczos_eigenpairs(exact, 300, 5, rounded=rounded_product(matrix))
+    alone = lanczos_eigenpairs(exact_product(matrix), 300, 5)
+    assert bool(pairs.converged.all())
+    assert exact.vectors < int(alone.n_matvec) / 2
+
+
 @pytest.mark.parametrize("copies", [4, 6])
 @pytest.mark.parametrize("seed", range(4))
 def test_copies__are_found_all_where_the_last_pairs_are_at_the_edge_of_the_rest(
@@ -187,6 +225,25 @@ def test_search__goes_by_rounded_products_and_few_exact_ones() -> None:
     alone = lanczos_eigenpairs(exact_product(matrix), 300, 5, tol=1e-3)
     assert rounded.vectors <= int(alone.n_matvec) + 5 + 4
     assert int(pairs.n_certain) >= 3
+
+
+def test_search__does_not_wait_for_residuals_that_errors_keep_large() -> None:
+    """Errors of half a percent in all directions: no product shows a residual below the tolerance."""
+    matrix, generator = planted(SPECTRA["outliers"]), torch.Generator().manual_seed(0)
+
+    def noisy(vectors: Tensor, _: Tensor) -> Tensor:
+        products = vectors @ matrix
+        noise = torch.randn(products.shape, generator=generator) / 300**0.5
+        products += 5e-3 * products.norm(dim=1, keepdim=True) * noise
+        return products
+
+    rounded, exact = Counted(noisy), Counted(exact_product(matrix))
+    pairs = lanczos_eigenpairs(exact, 300, 5, tol=1e-3, rounded=rounded)
+    alone = lanczos_eigenpairs(exact_product(matrix), 300, 5, tol=1e-3)
+    assert rounded.vectors <= int(alone.n_matvec) + 15
+    assert exact.vectors <= 20
+    assert bool(pairs.converged.all())
+    check_honest(pairs, matrix, 1e-3)
 
 
 @pytest.mark.parametrize("arguments", [{"tol": 4e-4}, {"max_matvec": 56}, {"max_basis": 13}])
