@@ -108,9 +108,15 @@ def lanczos_eigenpairs(
         Name in error messages.
     rounded
         Products as those of ``matvec``, but cheaper and some thousandths off. A search goes by them if the
-        tolerance is 5e-4 at least. What it found is then multiplied by ``matvec`` and corrected: once with
-        rounded products of the residuals, whose errors, as small as the residuals, are added to these;
-        and where that is not enough, with products by ``matvec`` alone. All count as products.
+        tolerance is 5e-4 at least and basis and budget are not small. What it found is then multiplied by
+        ``matvec`` and corrected, first with rounded products of the residuals, whose errors, as small as
+        the residuals, are added to these, then with products by ``matvec``. The search begins anew by
+        ``matvec`` alone where that does not help, where the pairs are too small beside the largest one
+        (a fiftieth), or where all that guard them are as large but for the errors. All count as products,
+        and by default the rounded ones do not lessen those allowed. In 2,190 matrices of 250
+        dimensions with 12 leading eigenvalues within 0.1 to 10 % of each other 13 searches missed one by
+        more than a thousandth, against 4 by ``matvec`` alone; rounding errors spread over all directions,
+        so that in more dimensions fewer meet those of the pairs.
 
     Returns
     -------
