@@ -90,7 +90,8 @@ class Curvature:
     Memory, besides the basis of a search: about ten times the activations (inputs and outputs of all
     layers) of one batch; and where there are several batches and linear layers in a row, four times the
     activations of these layers on all samples, unless that is above ``max_bytes``. Searches by rounded
-    products take as much again for linear layers in a row, unless both together are above ``max_bytes``.
+    products, which are for a single batch, take some four times the activations of linear layers in a row,
+    unless what is known of these is above ``max_bytes`` then.
 
     The model is measured in eval mode and found unchanged (see
     :func:`~hild_xr.recorders.curvature.isolation.isolated`). Its parameters must not

@@ -155,7 +155,8 @@ class Matrices:
         for whole in self._chains if block.kind != "rows" else ():
             part = whole.holding(block.parameters)
             if part is not None:
-                room = self._source.max_bytes
+                # of several batches only what is documented is held
+                room = 0 if self.graphs.kept is None else self._source.max_bytes
                 return ChainHessian(block, part, self.measuring, l2, dtype, device, room)
         return NetworkHessian(block, self.graphs, l2, dtype, device)
 

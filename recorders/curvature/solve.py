@@ -389,8 +389,9 @@ def _solve_lanczos(operator: BlockOperator, options: SolveOptions, start: Tensor
     large, small = max(3 * options.k + 2, 20, wanted + 8), options.k + wanted + 2
     basis = max(small, min(large, options.max_bytes // (2 * bytes_per_vector)))
     chunk = max(1, options.max_bytes // (2 * (basis + 2) * bytes_per_vector))
-    # not where memory or time is short: it takes some more of both at the end
-    may_round = basis == large and math.isinf(options.max_seconds) and options.tol >= ROUNDED_FROM
+    # not where memory, time or products are short: it takes some more of each at the end
+    ample = basis == large and math.isinf(options.max_seconds) and options.max_matvec is None
+    may_round = ample and basis >= 2 * wanted and options.tol >= ROUNDED_FROM
     rounded = operator.rounded() if may_round else None
     pairs = []
     for rows in _chunks(operator, chunk):
