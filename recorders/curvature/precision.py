@@ -222,7 +222,7 @@ def may_round(device: torch.device) -> bool:
 
 @functools.cache
 def _rounding_is_faster(threads: int) -> bool:  # noqa: ARG001 (measured for each number)
-    """Whether products of bfloat16 matrices take less than half the time, as with AMX."""
+    """Whether products of bfloat16 matrices take a small part of the time, as with AMX."""
     # small ones first: a processor that knows no bfloat16 takes a tenth of a second for the others
     return _part_of_time(64) < 1.0 and _part_of_time(1024) < _MUCH_FASTER
 

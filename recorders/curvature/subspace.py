@@ -184,7 +184,7 @@ class Subspace:
         b, size = directions.shape[1:]
         basis, there = self.vectors[:, : self.filled], slice(self.filled, self.filled + b)
         new = self.vectors[:, there].copy_(directions)
-        new /= torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp(min=1e-30)
+        new /= torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp(min=torch.finfo(new.dtype).tiny)
         for _ in range(3):
             new.baddbmm_(new @ basis.mT, basis, alpha=-1)
             lost = torch.linalg.vector_norm(new, dim=-1) < _IN_BASIS
